@@ -1,9 +1,9 @@
 """How long an admission takes, with few and with many finished trials in the study.
 
 An admission is what `QuotaSampler` adds before a trial: write the grant, read what has changed,
-and decide whether it holds; from the middle of a quota on, with a claim before the grant. Beside
-it, in the same run and storage: one bare `study.ask()` with a random sampler, and an admission
-that reads all rows anew and sums them, without a cursor.
+and decide whether it holds; from the middle of a quota on, with a claim before the grant. It is
+compared, in the same run and storage, with one bare `study.ask()` with a random sampler, and with
+an admission that reads all rows again and sums them, without a cursor.
 
     python benchmarks/admission_latency.py --storages sqlite postgresql --trials 100 1000 10000
 """
@@ -23,7 +23,7 @@ import optuna
 from optuna.trial import create_trial, TrialState
 
 from optuna_quota import Limits, Quota, Usage
-from optuna_quota._ledger import Ledger
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._optuna import storage_of, study_id_of, trial_id_of
 from optuna_quota._records import read_record
 from tests.storages import KINDS, study_in

@@ -1,10 +1,10 @@
 """Whether points breach as often as was projected for them, over whole studies.
 
-A trial takes what its surface says times the machine's speed at that moment; nothing is run, the
-clock and the process tree are fakes. The machine is quiet, slows down to half its speed a third of
-the way through, is slow in bursts, walks, or becomes slower by and by; clock time has 10% of noise
-in every case. The CPU time follows the root of the clock time's factor. Half of the space is over
-the limit, which is on one of the two.
+A trial takes the time of its surface times the machine's slowness at that moment; nothing is run,
+the clock and the process tree are fakes. The machine is quiet, slows down to half its speed after
+a third of the study, is slow in bursts, follows a random walk, or becomes slower gradually; clock
+time has 10% of noise in every case. The CPU time follows the root of the clock time's factor. Half
+of the space is over the limit, which is on one of the two.
 
     python benchmarks/calibration.py [--quick] [--seeds N] [--first-seed N] [--trials N]
         [--samplers random,tpe] [--surfaces synthetic,forest]
@@ -30,7 +30,7 @@ from surfaces import measure_forests, SURFACES
 from optuna_quota import Limits, QuotaPruner, QuotaSampler
 from optuna_quota.testing import fake_metering
 from optuna_quota.visualization._data import StudyTrials
-from optuna_quota.visualization._reliability import judged_trials, JudgedTrial
+from optuna_quota.visualization._footprint import judged_trials, JudgedTrial
 
 
 MACHINES = ("quiet", "slows down", "bursts", "walk", "trend")

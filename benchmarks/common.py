@@ -54,7 +54,7 @@ def run_workers(
 
 
 def storages(kinds: Sequence[str]) -> Iterator[Address]:
-    """Yield a new storage of each kind that can be had here, and print why others can't."""
+    """Yield a new storage of each kind that is available here, and print why others aren't."""
     for kind in kinds:
         reason = missing(kind)
         if reason is not None:

@@ -61,7 +61,7 @@ WORKLOADS = {"LightGBM": (train_lightgbm, "lightgbm"), "torch": (train_torch, "t
 
 
 def trials_a_minute(name: str, limits: Limits | None, n_trials: int) -> float:
-    """Run a study of so many trials; return how many there were a minute."""
+    """Run a study of this many trials; return the trials per minute."""
     objective, module = WORKLOADS[name]
     pruner = None if limits is None else QuotaPruner(limits=limits)
     study = optuna.create_study(pruner=pruner)

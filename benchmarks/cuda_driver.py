@@ -8,7 +8,7 @@ from types import TracebackType
 
 _OUT_OF_MEMORY = 2
 
-# Keeps one thread busy for so many nanoseconds.
+# Keeps one thread busy for this many nanoseconds.
 _SPIN = b"""
 .version 6.0
 .target sm_50

@@ -3,8 +3,8 @@
 Each table is a study whose memory is ``300 MB + a · rows^2 · width^1.1 · 1.5 [adam]`` or whose
 time is ``0.5 s + b · rows^1.2 · width^0.6 · 1.5 [adam]``, times log-normal noise; one parameter
 does nothing. A share of the trials is ended at a limit on the resource itself, and counts as lower
-bounds. Beside the fitted model stand two baselines on the same tables: the same model on the
-completed trials alone, and with the lower bounds taken for values.
+bounds. The baselines on the same tables are the same model on the completed trials alone, and with
+the lower bounds treated as values.
 
 Then trials that something else ended at a share of their run: wall time under a memory limit
 (ended late, at 80 to 100% of it, or anywhere) and of trials pruned anywhere or early (before 2% of
@@ -12,7 +12,7 @@ it); memory that grows with the run under a limit on wall time. The library leav
 formula and has the footprint model the share; beside it stands that they are left out of both, or
 taken for lower bounds. The last columns are the median prediction over the truth, of the formula
 at a large point and of the footprint in mid-range and at the large point, how often the
-footprint's 95% bound holds there, and the gate: over fresh points and a limit that two fifths of
+footprint's 95% bound holds there, and admission: over fresh points and a limit that two fifths of
 them exceed, the mean probability of a breach where it is 0.3 to 0.7, and how many do exceed it.
 """
 
@@ -54,9 +54,9 @@ def simulate(rng, resource, n, share, noise):
         censored = y > limit
         y = np.minimum(y, limit)
     parameters = (
-        Parameter("rows", rows, low=200, high=10_000),
-        Parameter("width", width, low=16, high=512),
-        Parameter("lr", lr, low=1e-5, high=1e-1),
+        Parameter("rows", rows),
+        Parameter("width", width),
+        Parameter("lr", lr),
         Parameter("optimizer", adam, ("sgd", "adam")),
     )
     return parameters, y, censored
@@ -128,7 +128,7 @@ def footprint_of(resource, parameters, y, stopped, way):
     return Footprint.fit(rows)
 
 
-def gate_of(footprint, resource, fresh, y):
+def admission_of(footprint, resource, fresh, y):
     """Return the stated probabilities of a breach in mid-range, and which points do breach."""
     points = [
         {p.name: (p.levels[int(p.values[i])] if p.levels else p.values[i]) for p in fresh}
@@ -144,7 +144,7 @@ def compare_stopped(case, n, tables, noise) -> None:
     resource, b = STOPPED[case][0], TRUTH[STOPPED[case][0]]
     middle, truth = (_truth(resource, point) for point in (MIDDLE, LARGE))
     found = {"as the library": [], "left out": [], "lower bounds": []}
-    gates = {name: [] for name in found}
+    admissions = {name: [] for name in found}
     rng = np.random.default_rng(20261124)
     for _ in range(tables):
         parameters, y, stopped = simulate_stopped(rng, case, n, noise)
@@ -159,12 +159,12 @@ def compare_stopped(case, n, tables, noise) -> None:
             held = [each[0] for each in covers(model.coefficients, b).values()]
             footprint = footprint_of(resource, parameters, y, stopped, name)
             near, far = (footprint.intervals(point)[resource] for point in (MIDDLE, LARGE))
-            gates[name].append(gate_of(footprint, resource, fresh, usage))
+            admissions[name].append(admission_of(footprint, resource, fresh, usage))
             ratios = _formula_at_large(model) / truth, near.median / middle, far.median / truth
             found[name].append((np.mean(held), *ratios, amount <= far.upper))
     for name, each in found.items():
         covered, *ratios, holds = np.array(each, dtype=float).T
-        stated, seen = np.concatenate(gates[name]).mean(axis=0)
+        stated, seen = np.concatenate(admissions[name]).mean(axis=0)
         print(
             f"{case:<34}{n:>5}  {name:<14}{100 * covered.mean():>8.0f}"
             + "".join(f"{np.median(ratio):>12.2f}" for ratio in ratios)
@@ -208,7 +208,7 @@ def main() -> None:
                 compare(resource, n, share, tables, arguments.noise)
     print(
         f"\n{'half of the trials stopped':<34}{'n':>5}  {'their usage':<14}{'covered':>8}"
-        f"{'formula':>12}{'mid-range':>12}{'footprint':>12}{'holds':>10}{'gate':>10}"
+        f"{'formula':>12}{'mid-range':>12}{'footprint':>12}{'holds':>10}{'admission':>10}"
     )
     for case in STOPPED:
         for n in arguments.trials:

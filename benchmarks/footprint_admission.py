@@ -16,7 +16,8 @@ import numpy as np
 from optuna_quota import Footprint, Usage
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.resource_model import fit_resource, Predictive, ResourceData
+from optuna_quota._footprint.predictive import Predictive
+from optuna_quota._footprint.resource_model import fit_resource, ResourceData
 from optuna_quota._records import evidence
 
 
@@ -81,7 +82,7 @@ Judge = Callable[[Sequence[Observation], Observation, str], Predictive]
 
 
 class _Learned:
-    """The footprint, with every trial in it; hyperparameters are searched anew now and then."""
+    """The footprint, with every trial in it; hyperparameters are fitted again now and then."""
 
     def __init__(self, resource: str) -> None:
         self._footprint: Footprint | None = None

@@ -34,7 +34,8 @@ import numpy as np
 from optuna_quota import Footprint
 from optuna_quota._footprint import features, fit, gaussian_process, resource_model
 from optuna_quota._footprint.fit import ChainedModel
-from optuna_quota._footprint.resource_model import FLOORS, Predictive
+from optuna_quota._footprint.predictive import Predictive
+from optuna_quota._footprint.resource_model import FLOORS
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -47,6 +48,7 @@ PRIORS: tuple[tuple[ModuleType, str, tuple[str, ...], tuple[Any, ...]], ...] = (
     (gaussian_process, "_LENGTH_SD", RESOURCES, (0.8, 0.65, 0.5)),
     (features, "_RATE_WEIGHT", RESOURCES, (1.0, 0.5, 0.3, 0.2)),
     (features, "_SUM_WEIGHT", RESOURCES, (0.0, 0.5, 1.0, 2.0)),
+    (features, "_SLOPE", ("cpu_time", "wall_time"), (0.0, 0.5, 1.0, 1.5)),
     (
         fit,
         "FLOORS",
@@ -183,7 +185,7 @@ def left_out(
 
 
 def forget(footprint: Footprint) -> None:
-    """Let a footprint's models be calibrated anew."""
+    """Make a footprint's models be calibrated again."""
     for model in footprint.contents.models.values():
         for each in (model.base, model.ratio) if isinstance(model, ChainedModel) else (model,):
             vars(each).pop("_calibration", None)

@@ -18,7 +18,7 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna_quota import Footprint, project, Strategy, Usage
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.resource_model import Predictive
+from optuna_quota._footprint.predictive import Predictive
 from optuna_quota._footprint.search_space import draw_future_points
 
 

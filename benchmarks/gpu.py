@@ -1,8 +1,9 @@
 """What is measured and enforced on a real NVIDIA GPU, part by part.
 
 Needs an NVIDIA GPU with its driver and no network: memory is taken and kernels are run by the
-driver's own API; where PyTorch for CUDA is installed, its cap is tried too. Takes three minutes,
-with ``--quick`` one. With ``--tests``, ``pytest -m gpu`` runs first, so that one command does all:
+driver's own API; where PyTorch, CuPy or JAX for CUDA are installed, their caps are tried too.
+Takes three minutes, with ``--quick`` one. With ``--tests``, ``pytest -m gpu`` runs first, so that
+one command does all:
 
     python benchmarks/gpu.py --tests
 """
@@ -15,8 +16,10 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import math
 import os
 from pathlib import Path
+import shutil
 import statistics
 import subprocess
 import sys
@@ -96,6 +99,30 @@ def fill_torch(trial: optuna.Trial) -> float:
     return 1.0
 
 
+def fill_cupy(trial: optuna.Trial) -> float:
+    """Ask CuPy for twice the limit at once."""
+    import cupy
+
+    cupy.empty(2048 * MIB, dtype=cupy.uint8)
+    return 1.0
+
+
+def fill_jax(trial: optuna.Trial) -> float:
+    """Ask JAX for twice the limit at once; it tries for ten seconds."""
+    import jax
+
+    jax.numpy.ones(2048 * MIB, dtype=jax.numpy.uint8).block_until_ready()
+    return 1.0
+
+
+def cache_torch(trial: optuna.Trial) -> float:
+    """Hold 1 GiB with torch at the end: its cache keeps it until the process ends."""
+    import torch
+
+    torch.empty(1024 * MIB, dtype=torch.uint8, device="cuda")
+    return 1.0
+
+
 def show_machine(quick: bool) -> Iterator[str]:
     for device in visible_gpus(os.environ).devices:
         used, total = device.memory()
@@ -112,6 +139,18 @@ def show_attribution(quick: bool) -> Iterator[str]:
     for row in run(hold, n_trials=2, gpu_memory="8GiB").itertuples():
         allocated = row.allocated / MIB
         yield f"allocated {allocated:.0f} MiB, " + describe_memory(row)
+
+
+def show_container(quick: bool) -> Iterator[str]:
+    """Attribute usage in a PID namespace of its own, as a container has."""
+    enter = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if shutil.which(enter[0]) is None or os.geteuid():
+        yield "only root can make a PID namespace, with `unshare`"
+        return
+    command = [sys.executable, __file__, "--quick", "machine", "attribution", "limit"]
+    yield from subprocess.run(
+        [*enter, *command], stdout=subprocess.PIPE, text=True, timeout=120
+    ).stdout.splitlines()
 
 
 def show_two_at_once(quick: bool) -> Iterator[str]:
@@ -147,12 +186,22 @@ def show_overshoot(quick: bool) -> Iterator[str]:
 
 def show_polling_cost(quick: bool) -> Iterator[str]:
     reader = gpu_reader()
-    costs = []
+    costs, totals_costs, whole = [], [], []
     for _ in range(20 if quick else 100):
         reader.read()
         costs.append(reader.cost)
+        totals_costs.append(reader.totals_cost)
+        begun = time.perf_counter()
+        reader.read(totals_age=math.inf)
+        whole.append(time.perf_counter() - begun)
         time.sleep(0.01)
-    yield f"a reading of {len(reader.identities)} devices: {1e3 * statistics.median(costs):.2f} ms"
+    yield f"of {len(reader.identities)} devices, median (worst): memory {describe_times(costs)}"
+    yield f"memory with the thread that asks for it: {describe_times(whole)}"
+    yield f"busy time and energy: {describe_times(totals_costs)}"
+
+
+def describe_times(seconds: list[float]) -> str:
+    return f"{1e3 * statistics.median(seconds):.2f} ({1e3 * max(seconds):.2f}) ms"
 
 
 def show_energy(quick: bool) -> Iterator[str]:
@@ -162,26 +211,34 @@ def show_energy(quick: bool) -> Iterator[str]:
 
 
 def show_caps(quick: bool) -> Iterator[str]:
-    if importlib.util.find_spec("torch") is None:
-        yield "PyTorch is not installed"
-        return
-    import torch
+    for name, fill in {"torch": fill_torch, "cupy": fill_cupy, "jax": fill_jax}.items():
+        if importlib.util.find_spec(name) is None:
+            yield f"{name} is not installed"
+            continue
+        (row,) = run(fill, gpu_memory="1GiB").itertuples()
+        yield f"{name}, 2 GiB at once under 1 GiB: {row.outcome}: {row.reason}"
+        yield f"{name} held {describe_memory(row)}"
 
-    if not torch.cuda.is_available():
-        yield "PyTorch sees no GPU"
+
+def show_peaks(quick: bool) -> Iterator[str]:
+    if importlib.util.find_spec("torch") is None:
+        yield "torch is not installed"
         return
-    (row,) = run(fill_torch, gpu_memory="1GiB").itertuples()
-    yield f"torch, 2 GiB at once under 1 GiB: {row.outcome}: {row.reason}"
+    rows = run(cache_torch, n_trials=3 if quick else 10).itertuples()
+    peaks = [row.gpu_memory / MIB for row in rows]
+    yield f"1024 MiB as a torch trial ends: {min(peaks):.0f} to {max(peaks):.0f} MiB recorded"
 
 
 PARTS: dict[str, Callable[[bool], Iterator[str]]] = {
     "machine": show_machine,
     "attribution": show_attribution,
     "two at once": show_two_at_once,
+    "peaks": show_peaks,
     "limit": show_overshoot,
     "polling": show_polling_cost,
     "time and energy": show_energy,
     "caps": show_caps,
+    "container": show_container,
 }
 
 
@@ -190,6 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tests", action="store_true", help="run pytest -m gpu first")
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("optuna.quota").setLevel(logging.INFO)
@@ -205,7 +263,8 @@ def main() -> int:
     except GpuError as error:
         print(f"There is no GPU to measure: {error.reason}.")
         return 1
-    for name, part in PARTS.items():
+    for name in options.parts:
+        part = PARTS[name]
         begun = time.monotonic()
         try:
             for line in part(options.quick):

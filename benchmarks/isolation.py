@@ -2,13 +2,14 @@
 
 **Overshoot.** A trial allocates as fast as the memory allows until it is stopped: private memory
 in blocks (``numpy.ones``) and as one large array, shared memory, and shared memory by a trial that
-catches every exception and goes on. Alone, and beside two busy processes. Beside this library
-stand pynisher, and psutil pollers of 100 and 250 ms that kill the process. The peak is what the
-trial itself last saw of its anonymous and shared memory (less what it shares with its parent, as
-smaps_rollup has it at the start), written to a file that it shares with the benchmark; the time
-runs from the moment when the limit was passed, or an allocation was refused, to the moment when
-the caller has control back and the process is gone. pynisher limits address space and pollers look
-at resident memory, so they may stop a trial below the limit: that is an overshoot of 0.
+catches every exception and continues. Alone, and beside two busy processes. This library is
+compared with pynisher, and psutil pollers of 100 and 250 ms that kill the process. The peak is
+what the trial itself last saw of its anonymous and shared memory (less what it shares with its
+parent, as smaps_rollup has it at the start), written to a file that it shares with the benchmark;
+the time runs from the moment when the limit was passed, or an allocation was refused, to the
+moment when the caller has control back and the process is gone. pynisher limits address space and
+pollers look at resident memory, so they may stop a trial below the limit: that is an overshoot of
+0.
 
 **Start.** A call that does nothing, beside multiprocessing's and pynisher's by the same method.
 
@@ -45,13 +46,13 @@ from optuna_quota import isolated, Limits
 
 MIB = 2**20
 LIMIT = 512 * MIB
-# A poller that is too slow must not take the machine with it.
+# A poller that is too slow must not exhaust the machine's memory.
 CEILING = 2048 * MIB
 BLOCK = MIB
 RECORD = "ddd"
 KINDS = ("private", "one array", "shared", "shared, stubborn")
 HANG = 30.0
-# Not "__main__", which Python 3.11's forkserver passes over without a word.
+# Not "__main__", which Python 3.11's forkserver silently skips.
 PRELOAD = ["numpy", "psutil", "optuna", "optuna_quota._isolation.isolated", "verdicts"]
 
 

@@ -192,7 +192,7 @@ def run(n_trials: int, arguments: argparse.Namespace) -> tuple[optuna.Study, Any
     draws = random.Random(arguments.seed)
     for _ in range(n_trials):
         study.enqueue_trial({"kind": draws.choice(list(EXPECTED))})
-    # A crash ends no study; but five in a row, which chance brings here, are raised all the same.
+    # A crash ends no study; but five in a row, which occur by chance, are raised nevertheless.
     options: dict[str, Any] = {"n_jobs": arguments.n_jobs, "catch": (Exception,)}
     warm_up = min(20, n_trials // 5)
     study.optimize(wrapped, n_trials=warm_up, **options)

@@ -25,7 +25,8 @@ import optuna
 from optuna.trial import TrialState
 
 from optuna_quota import Limits, Quota, Usage
-from optuna_quota._ledger import Ledger, RunningTrial
+from optuna_quota._ledger.heartbeat import RunningTrial
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import read_record, TrialRecord, write_record
 from tests.storages import Address, SHARED, study_in

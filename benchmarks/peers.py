@@ -8,10 +8,11 @@ for what is measured and how, alike for all tools.
 
     python benchmarks/peers.py                 # needs: pip install smac flaml
     python benchmarks/peers.py --quick         # a third of the budget, one seed
-    python benchmarks/peers.py --keep FILE     # keeps studies there, and goes on from them
+    python benchmarks/peers.py --keep FILE     # keeps studies there, and continues with them
 
-TPE and FLAML run their trials as users do by hand: in forkserver's children, looked at every
-100 ms and killed over the limit. SMAC3 enforces its own limits. What SMAC3 and FLAML are given:
+TPE and FLAML run their trials as users do by hand: in forkserver's children, polled every 100 ms
+and killed over the limit. SMAC3 enforces its own limits. What our trials inherit counts in part,
+so their memory limit is the one that leaves as much room. What SMAC3 and FLAML are given:
 the loss of a model that learned nothing for a breach; SMAC3 an initial design of 15 points, a
 quarter of the trials expected, the address space that leaves as much room as the memory limit
 does, forkserver's small children in place of forks of itself, and an end to the signal handler
@@ -61,7 +62,7 @@ STUDY = "import json, sys, peers; peers.run_study(*json.loads(sys.argv[1]))"
 
 
 class Runner:
-    """Runs a point in a child, for tools that bring no runner: polls and kills on a breach."""
+    """Runs a point in a child, for tools without a runner: polls, and kills on a breach."""
 
     def __init__(self, task: Task, target: Target, observer: Observer) -> None:
         self.task, self.target, self.observer = task, target, observer
@@ -118,11 +119,16 @@ def run_ours(task: Task, target: Target, observer: Observer, seed: int) -> None:
 
     # All tools' processes are under way before the first trial: here, a trial that loads what the
     # objective does, and one that finds it loaded.
-    optuna.create_study().optimize(isolated(lambda trial: float(target.scale)), n_trials=2)
+    first = optuna.create_study(sampler=QuotaSampler())
+    first.optimize(isolated(lambda trial: float(target.scale)), n_trials=2)
+    memory = task.memory
+    if task.room is not None:
+        # What a trial inherits counts in part only: the limit that leaves it as much room.
+        memory = task.room + first.trials[-1].user_attrs["quota:memory"]
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(
-        sampler=QuotaSampler(sampler, quota=Quota(trial_time=1.5 * task.budget)),
-        pruner=QuotaPruner(limits=Limits(memory=task.memory, wall_time=task.wall_time)),
+        sampler=QuotaSampler(sampler, quota=Quota(trial_time=4 * task.budget)),
+        pruner=QuotaPruner(limits=Limits(memory=memory, wall_time=task.wall_time)),
     )
     study.optimize(isolated(objective), callbacks=[stop])
 
@@ -231,7 +237,7 @@ TOOLS: dict[str, Callable[[Task, Target, Observer, int], None]] = {
 
 
 def run_study(tool: str, order: dict[str, Any], seed: int, where: str) -> None:
-    """Run one study and leave what it did in a folder."""
+    """Run one study and store its result in a folder."""
     task, folder = Task(**order), Path(where)
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -87,7 +87,7 @@ class Problem:
         function: Of a point and a scale, which calibration sets.
         space: What is searched.
         worst: The loss of a model that has learned nothing, for tools that want a value.
-        cheap: What FLAML is told to start from.
+        cheap: The starting point of FLAML.
         wall_time: The limit in seconds, whole ones for SMAC3; None to limit memory.
     """
 
@@ -197,7 +197,7 @@ def send(connection: Connection, function: Callable[..., Any], *arguments: Any) 
 
 @dataclass
 class Trial:
-    """What the log, the observer and the tool say of one trial."""
+    """One trial, as reported by the log, the observer and the tool."""
 
     pid: int
     start: float
@@ -261,7 +261,7 @@ class Observer:
             return sum(trial.seconds() for trial in self.trials)
 
     def tell(self, breached: bool) -> None:
-        """Keep what the tool makes of the trial that began last."""
+        """Record how the tool judged the latest trial."""
         with self._lock:
             self._look()
             if self.trials and self.trials[-1].told is None:

@@ -41,13 +41,13 @@ from tests.storages import Address, SHARED, storage_at
 
 
 OWN = "own-postgresql"
-# Seconds of one trial, at most; and how long the last trials may take to be told to stop.
+# Seconds of one trial, at most; and how long the last trials may take to stop.
 TRIAL = 0.1
 # Seconds after which a journal's lock is taken from a worker that was killed with it. Each kill
 # may be one of those, and by Optuna's own default of 30 s nobody would do anything else.
 LOCK_GRACE = 5
 # Seconds that a loaded machine is forgiven before a run counts as stuck.
-PATIENCE = 120.0
+WAIT_TIME = 120.0
 READER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -150,7 +150,7 @@ class Server:
         if os.getuid() == 0:
             # PostgreSQL refuses to run as root.
             command = ["runuser", "-u", "postgres", "--", *command]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=PATIENCE)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=WAIT_TIME)
 
 
 def _find(program: str) -> str:
@@ -193,7 +193,7 @@ def soak(
     try:
         wait_for_a_row(address, name)
         began = time.monotonic()
-        while workers and time.monotonic() - began < patience(options.seconds, tally):
+        while workers and time.monotonic() - began < wait_time(options.seconds, tally):
             time.sleep(0.05)
             passed = time.monotonic() - began
             for process in [p for p in workers if p.exitcode is not None]:
@@ -219,21 +219,21 @@ def soak(
 def wait_for_a_row(address: Address, name: str) -> None:
     """Wait until the first worker has begun: to kill those that have not shows nothing."""
     study = optuna.load_study(study_name=name, storage=address.open())
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + WAIT_TIME
     while not study.get_trials(deepcopy=False) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
-def patience(seconds: float, tally: Tally) -> float:
+def wait_time(seconds: float, tally: Tally) -> float:
     """Return how many seconds a run may take: each kill may hold everybody up for a lock."""
-    return 5 * seconds + tally.killed * LOCK_GRACE + PATIENCE
+    return 5 * seconds + tally.killed * LOCK_GRACE + WAIT_TIME
 
 
 def fail_orphaned_trials(address: Address, name: str, quota: Quota) -> None:
     """Let a last worker fail what the killed ones left; untouched rows take ten leases."""
     study = optuna.load_study(study_name=name, storage=address.open())
     state = LedgerState(study, quota, time, lease=0.2, studies=WeakSet((study,)))
-    deadline = time.monotonic() + LOCK_GRACE + PATIENCE
+    deadline = time.monotonic() + LOCK_GRACE + WAIT_TIME
     while state.refresh().open and time.monotonic() < deadline:
         time.sleep(0.1)
 
@@ -243,7 +243,7 @@ def read_apart(address: Address, name: str) -> dict[str, float]:
     root = str(Path(__file__).parents[1])
     arguments = [root, address.kind, address.place, address.prefix, name]
     command = [sys.executable, "-W", "ignore", "-c", READER, *arguments]
-    found: dict[str, float] = json.loads(subprocess.check_output(command, timeout=PATIENCE))
+    found: dict[str, float] = json.loads(subprocess.check_output(command, timeout=WAIT_TIME))
     return found
 
 

@@ -1,20 +1,25 @@
 """How well ``footprints.torch_training`` knows the memory of trainings that were never run.
 
-    python benchmarks/torch_footprint.py [--quick] [--trials N]
+    python benchmarks/torch_footprint.py [--quick] [--trials N] [--device cuda]
+    python benchmarks/torch_footprint.py --recorded
 
-Ten architectures are trained for three steps at random points in isolated trials on the CPU. The
-peak of each trial is compared with the footprint, and with the rule of thumb of 16 bytes a
-parameter (its value, its gradient and two states of Adam) on the same base. Then what eight trials
-teach is compared on the others: the footprint that they correct, and one learned without it.
-Takes about a quarter of an hour.
+Ten architectures are trained for three steps at random points in isolated trials on the CPU, or,
+in larger batches, on a GPU. The peak of each trial is compared with the footprint, and with the
+rule of thumb of 16 bytes a parameter (its value, its gradient and two states of Adam) on the same
+base. Then what eight trials teach is compared on the others: the footprint that they correct, and
+one learned without it. Takes about a quarter of an hour, on a GPU two minutes. With
+``--recorded``, footprints are compared with peaks that were measured on an H200, without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+import csv
 from dataclasses import dataclass
 import itertools
+import json
+from pathlib import Path
 import statistics
 import sys
 import time
@@ -33,6 +38,7 @@ from optuna_quota._footprint.user_given import FootprintCalibrator, UserFootprin
 
 
 N_KNOWN = 8
+RECORDED = Path(__file__).parent / "tables/torch_h200.csv"
 Params = Mapping[str, Any]
 
 
@@ -283,21 +289,37 @@ ARCHITECTURES = {
 }
 
 
+# What makes the batches of a GPU larger, and by how much.
+LARGER = ("batch", "nodes")
+FACTOR = 8
+
+
+def space_on(device: str, found: Architecture) -> dict[str, IntDistribution]:
+    """Return the search space of an architecture on a device."""
+    if device == "cpu":
+        return found.space
+    return {
+        name: wide(FACTOR * each.low, FACTOR * each.high) if name in LARGER else each
+        for name, each in found.space.items()
+    }
+
+
 def suggest(trial: optuna.Trial, name: str, each: IntDistribution) -> int:
     return trial.suggest_int(name, each.low, each.high, step=each.step, log=each.log)
 
 
-def objective(name: str) -> Callable[[optuna.Trial], float]:
+def objective(name: str, device: str) -> Callable[[optuna.Trial], float]:
     def train(trial: optuna.Trial) -> float:
         found = ARCHITECTURES[name]
-        params = {key: suggest(trial, key, each) for key, each in found.space.items()}
-        model = found.build(params)
+        space = space_on(device, found)
+        params = {key: suggest(trial, key, each) for key, each in space.items()}
+        model = found.build(params).to(device)
         make = found.optimizer
         optimizer = make(params, model) if make is momentum else make(model.parameters())
         loss = torch.tensor(0.0)
         for _ in range(3):
             optimizer.zero_grad()
-            inputs, targets = found.batch(params)
+            inputs, targets = (each.to(device) for each in found.batch(params))
             output = model(inputs)
             whole = not targets.is_floating_point()
             loss = (functional.cross_entropy if whole else functional.mse_loss)(output, targets)
@@ -319,36 +341,64 @@ def errors(predicted: list[float], truth: list[float]) -> tuple[float, float]:
     return statistics.median(relative), max(relative)
 
 
-def measured(name: str, n_trials: int, footprint: Any) -> list[Observation]:
+def measured(name: str, n_trials: int, footprint: Any, device: str) -> list[Observation]:
     random = optuna.samplers.RandomSampler(seed=0)
+    on_gpu = device == "cuda"
     study = optuna.create_study(
-        sampler=QuotaSampler(random, quota=Quota(cpu_time="1h"), footprint=footprint),
-        pruner=QuotaPruner(limits=Limits(memory="3GiB")),
+        sampler=QuotaSampler(random, quota=Quota(cpu_time="10h"), footprint=footprint),
+        pruner=QuotaPruner(limits=Limits(memory=None if on_gpu else "3GiB")),
     )
-    study.optimize(isolated(objective(name)), n_trials=n_trials)
+    # A GPU has room for several, and says what each of them holds.
+    study.optimize(isolated(objective(name, device)), n_trials=n_trials, n_jobs=4 if on_gpu else 1)
     rows = [read_observation(trial) for trial in study.trials]
     return [row for row in rows if row is not None]
+
+
+def show_recorded() -> None:
+    """Compare with the peaks of `tables/torch_h200.csv`, in MiB: of the driver, and of torch."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    with RECORDED.open(newline="") as file:
+        for row in csv.DictReader(file):
+            of = ARCHITECTURES[row["architecture"]]
+            stated = footprints.torch_training(of.build, of.batch, of.optimizer, device="cuda")
+            predicted = stated(json.loads(row["params"])).gpu_memory or 0.0
+            pair = predicted / 2**20, float(row["gpu_memory"])
+            found.setdefault(row["architecture"], []).append(pair)
+    print("GPU memory before any trial, H200: error in %, median (largest), and its sign")
+    for name, pairs in found.items():
+        middle, worst = errors([p for p, _ in pairs], [t for _, t in pairs])
+        signed = statistics.median(100 * (p / t - 1) for p, t in pairs)
+        print(f"{name:14} {middle:5.1f} ({worst:3.0f}) {signed:+6.1f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="ten trials each")
     parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--recorded", action="store_true", help="compare with recorded peaks")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--points", action="store_true", help="print each point")
     parser.add_argument("names", nargs="*", default=list(ARCHITECTURES))
     arguments = parser.parse_args()
+    device = arguments.device
+    resource = "memory" if device == "cpu" else "gpu_memory"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if arguments.recorded:
+        show_recorded()
+        return
     print("peaks in MB; errors in %, median (largest): before any trial, and after eight")
     print("architecture      peaks   footprint  16 B/param.  corrected    learned    ms a point")
     for name in arguments.names:
         found = ARCHITECTURES[name]
-        stated = footprints.torch_training(found.build, found.batch, found.optimizer)
-        rows = measured(name, 10 if arguments.quick else arguments.trials, stated)
-        truth = [row.usage.memory or 0.0 for row in rows]
+        stated = footprints.torch_training(
+            found.build, found.batch, found.optimizer, device=device
+        )
+        rows = measured(name, 10 if arguments.quick else arguments.trials, stated, device)
+        truth = [getattr(row.usage, resource) or 0.0 for row in rows]
         base = stated.base
         stated.memory(rows[0].params)
         started = time.process_time()
-        predicted = [stated(row.params).memory or 0.0 for row in rows]
+        predicted = [getattr(stated(row.params), resource) or 0.0 for row in rows]
         milliseconds = 1e3 * (time.process_time() - started) / len(rows)
         thumb = [base + rule_of_thumb(found, row.params) for row in rows]
         if arguments.points:
@@ -362,7 +412,7 @@ def main() -> None:
             errors(predicted, truth),
             errors(thumb, truth),
             *(
-                errors([each.intervals(r.params)["memory"].median for r in rest], truth[N_KNOWN:])
+                errors([each.intervals(r.params)[resource].median for r in rest], truth[N_KNOWN:])
                 for each in (corrected, learned)
             ),
         ]

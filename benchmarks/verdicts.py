@@ -188,7 +188,7 @@ def _descendants(pid: int | None) -> list[psutil.Process]:
 def _send(connection: Connection, task: Task) -> None:
     try:
         verdict = _completed(task())
-    except Exception as error:  # noqa: BLE001 - told to the other side
+    except Exception as error:  # noqa: BLE001 - sent to the other process
         verdict = Verdict("failed", f"{type(error).__name__}: {error}")
     connection.send(verdict)
 

@@ -70,7 +70,7 @@ class Task:
         multiprocessing.set_start_method("fork", force=True)
         partial = self.note.with_suffix(".new")
         partial.write_text(str(os.getpid()))
-        partial.rename(self.note)  # whoever reads it finds the whole number
+        partial.rename(self.note)  # atomic: a reader finds the whole number
         return float(OBJECTIVES[self.name].run(self.prepared))
 
 

@@ -1,4 +1,4 @@
-"""A meter of one's own: what the library does not know, it can be told to measure and limit.
+"""A meter of your own: measure and limit a resource that the library does not know.
 
 A meter has a name, says whether it measures a peak or a running total, and reads one number for
 the processes of a trial. Here it is the bytes that the trial has written to its scratch folder;

@@ -61,34 +61,26 @@ if TYPE_CHECKING:
 # Where each public name lives. Modules are imported when a name is first asked for, so that
 # `import optuna_quota` costs next to nothing and statsmodels or plotly load only where used.
 _HOMES = {
-    "Footprint": "_footprint.footprint",
-    "LedgerStatus": "_ledger.status",
-    "LimitBreached": "exceptions",
-    "Limits": "_limits",
-    "Meter": "_metering",
-    "Projection": "_projection.projection",
-    "Quota": "_limits",
-    "QuotaError": "exceptions",
-    "QuotaExhausted": "exceptions",
-    "QuotaPruner": "_enforcement.pruner",
-    "QuotaSampler": "_sampler.sampler",
-    "ReplayReport": "_analysis.replay",
-    "Strategy": "_limits",
-    "StudyRejected": "exceptions",
-    "TrialCrashed": "exceptions",
-    "TrialPreempted": "exceptions",
-    "TrialRejected": "exceptions",
-    "Usage": "_usage",
-    "UtilizationReport": "_report",
-    "analyze": "_report",
-    "check": "_enforcement.pruner",
-    "isolated": "_isolation.isolated",
-    "preemptible": "_enforcement.preemptible",
-    "project": "_projection.simulation",
-    "replay": "_analysis.replay",
-    "script": "_isolation.isolated",
-    "status": "_ledger.status",
-    "trial_table": "_table",
+    name: module
+    for module, names in {
+        "_analysis.replay": "replay ReplayReport",
+        "_enforcement.preemptible": "preemptible",
+        "_enforcement.pruner": "check QuotaPruner",
+        "_footprint.footprint": "Footprint",
+        "_isolation.isolated": "isolated script",
+        "_ledger.status": "LedgerStatus status",
+        "_limits": "Limits Quota Strategy",
+        "_metering": "Meter",
+        "_projection.projection": "Projection",
+        "_projection.simulation": "project",
+        "_report": "analyze UtilizationReport",
+        "_sampler.sampler": "QuotaSampler",
+        "_table": "trial_table",
+        "_usage": "Usage",
+        "exceptions": "LimitBreached QuotaError QuotaExhausted StudyRejected TrialCrashed "
+        "TrialPreempted TrialRejected",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""What this host can enforce and measure; what is limited, what that means and how to fix it.
+"""Checks what this host can enforce and measure, and says how to fix what it can't.
 
-Facts are read (``_read_…``, ``_try_…``) apart from what they mean (``check_…``), so that the
-latter can be tested for hosts that are not at hand.
+Reading facts (``_read_…``, ``_try_…``) is separate from judging them (``check_…``), so that the
+latter can be tested for other hosts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OPTIONAL = {
     "optuna-dashboard": "`publish` can't put notes and plots into the dashboard.",
     "plotly": "Reports have tables but no figures.",
 }
-# Lowering a limit can't always be undone, so it is tried in a process of its own.
+# A lowered limit can't always be raised again, so it is tried in another process.
 _TRY_MEMORY_LIMIT = """
 import mmap, resource
 budget = 64 * 2**20
@@ -71,7 +71,7 @@ def _degraded(area: Area, check: str, found: str, degrades: str, fix: str) -> Fi
 
 
 def _ok_if(condition: bool, found: str, problem: Finding) -> Finding:
-    """Return that a check is ok, with what was found, else the problem."""
+    """Return a finding: ok with what was found, or the problem."""
     return Finding(problem.area, problem.check, "ok", found) if condition else problem
 
 
@@ -209,7 +209,7 @@ def try_cgroup(parent: Path) -> tuple[Sequence[str], str | None]:
 
 
 def _try_writing(path: str, text: str | None = None) -> str | None:
-    """Write into a file of the kernel, by default what it says; return why that failed."""
+    """Write into a file of the kernel, by default its own content; return why that failed."""
     try:
         text = Path(path).read_text(encoding="ascii") if text is None else text
         Path(path).write_text(text, encoding="ascii")
@@ -265,7 +265,7 @@ def check_gpus(devices: Sequence[NvmlDevice], reason: str | None) -> list[Findin
         "measuring",
         "GPUs",
         "missing",
-        f"NVML shows none: {reason}.",
+        f"NVML finds none: {reason}.",
         "`gpu_memory` and `gpu_time` are unknown.",
         remedy,
     )
@@ -273,7 +273,7 @@ def check_gpus(devices: Sequence[NvmlDevice], reason: str | None) -> list[Findin
 
 
 def _check_gpu(device: NvmlDevice) -> Finding:
-    """Ask a GPU once for each thing that metering will ask."""
+    """Query a GPU once for each figure that metering needs."""
     refused: dict[str, str] = {}
 
     def ask(what: str, question: Callable[[], Any], otherwise: Any) -> Any:
@@ -307,7 +307,7 @@ def _check_gpu(device: NvmlDevice) -> Finding:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What there is of memory, cores, swap space and /dev/shm; None if unknown.
+    """Memory, cores, swap space and /dev/shm of the host; None if unknown.
 
     ``memory_limit`` and ``usable_cores`` are what processes here may use together.
     """

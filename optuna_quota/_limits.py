@@ -7,9 +7,10 @@ Numbers are SI base units: bytes, seconds, joules.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import contextlib
 from dataclasses import dataclass, field
-from datetime import timedelta
 import math
+from numbers import Real
 from typing import Any, Literal, TYPE_CHECKING
 
 from optuna_quota import _units
@@ -21,7 +22,7 @@ from optuna_quota._resources import (
     RESOURCES,
     TOTAL_RESOURCES,
 )
-from optuna_quota._units import COUNT, Duration, NUMBER
+from optuna_quota._units import check_mapping, COUNT, Duration, NUMBER
 
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Limits(Amounts):
 
     Raises:
         ValueError: If a value is not positive and finite, has no unit as text, or an unknown one;
-            if a size is a bare number that can't be meant in bytes, such as 4.
+            if a size is a bare number too small to be bytes, such as 4.
         TypeError: If a value is neither a number nor text, nor for a time a timedelta.
     """
 
@@ -114,11 +115,11 @@ class Limits(Amounts):
         _units.check_bare_sizes(memory=memory, gpu_memory=gpu_memory)
         self._set(memory=memory, wall_time=wall_time, cpu_time=cpu_time)
         self._set(gpu_memory=gpu_memory, gpu_time=gpu_time)
-        if cpu_cores == "auto":
+        if isinstance(cpu_cores, str) and cpu_cores == "auto":
             object.__setattr__(self, "cpu_cores", cpu_cores)
         else:
             self._set(cpu_cores=cpu_cores)
-        object.__setattr__(self, "custom", _custom_limits(custom or {}))
+        object.__setattr__(self, "custom", _custom_limits({} if custom is None else custom))
 
     def amounts(self) -> dict[str, float]:
         """Return what is set, by resource, in SI base units; ``"auto"`` is no amount yet."""
@@ -239,7 +240,7 @@ class Quota(Amounts):
         self._set(n_trials=n_trials, wall_time=wall_time, trial_time=trial_time)
         self._set(cpu_time=cpu_time, gpu_time=gpu_time, energy=energy, cost=cost)
         self._set(memory=memory, gpu_memory=gpu_memory, cpu_cores=cpu_cores)
-        object.__setattr__(self, "prices", _prices(prices or {}))
+        object.__setattr__(self, "prices", _prices({} if prices is None else prices))
         if (self.cost is None) != (not self.prices):
             raise ValueError(
                 "`cost` and `prices` must be given together but got "
@@ -324,6 +325,7 @@ def split_custom(
 
 
 def _custom_limits(custom: Mapping[str, float]) -> Mapping[str, float]:
+    check_mapping(custom, "custom", "names of meters to numbers")
     for key in custom:
         if key in RESOURCES or not key.isidentifier():
             raise ValueError(
@@ -334,6 +336,7 @@ def _custom_limits(custom: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _prices(prices: Mapping[str, float]) -> Mapping[str, float]:
+    check_mapping(prices, "prices", "names of resources to prices per hour")
     for name in prices:
         if name not in PRICED_RESOURCES:
             raise ValueError(
@@ -359,6 +362,8 @@ def _search_space(space: Any) -> dict[str, BaseDistribution]:
 
 
 def nonnegative(value: Any, name: str) -> float:
-    if not isinstance(value, (bool, str, timedelta)) and hasattr(value, "__float__"):
-        value = float(value)
+    is_number = hasattr(value, "__float__") and type(value).__name__ not in ("bool", "bool_")
+    if is_number and not isinstance(value, Real):
+        with contextlib.suppress(TypeError, ValueError):  # an array of several elements
+            value = float(value)
     return get_resource(name).unit.parse(value, name, zero=True)

@@ -11,8 +11,8 @@ key of a trial              kind    written by
 ``breach``, ``footprint``,          QuotaSampler; ``_ledger`` for a trial whose worker is gone;
 ``isolation``, ``host``,            ``_sampler.row_cleanup`` for one whose objective never ran.
 ``gpu_source``                      Users, for trials that run where this library can't see them
-``quota:retry_of``          user    ``_enforcement.preemption``, when a preempted trial or one
-                                    whose GPU was full is enqueued again
+``quota:retry_of``          user    ``_enforcement.preemption``, when a preempted trial, one whose
+                                    GPU was full or one that could not start is enqueued again
 ``quota:checkpoint``        user    ``_enforcement.preemptible``, when a trial starts
 ``quota:timeline``,         system  ``_enforcement.trial_result``, with the outcome after a breach:
 ``quota:breach_timeline``           memory, and the resource that was breached
@@ -160,19 +160,18 @@ def outcome_of(trial: FrozenTrial, record: TrialRecord) -> Outcome | None:
 
 
 def evidence(resource: str, outcome: str | None, censored_by: str | None = None) -> Evidence:
-    """Return what a trial's usage of a resource says about what its point uses.
+    """Return how a trial's usage of a resource relates to the full usage at its point.
 
-    - ``"value"``: what it uses. So for a completed trial, even one over a limit.
-    - ``"lower bound"``: at least so much (right-censored). So for the resource whose limit ended
-      the trial, and where that is a total, for the other totals, which had grown with it.
-    - ``"partial"``: what it had used when something else ended it, at an unknown share of its
-      run. That depends on the same noise as what it would have used, so as a lower bound it
-      drags a fit upwards, to several times the truth. Formulas leave it out, the footprint models
-      the share (``benchmarks/exponent_coverage.py``). So for all else of a trial terminated for a
-      peak, totals of a pruned trial, and a failed or preempted one.
-    - ``"partial peak"``: a peak of a trial that was pruned, or terminated for a total. A value
-      where each step of a training repeats the one before, not where later steps take more data
-      or a larger model; a fit over many trials can tell.
+    - ``"value"``: equal, for a completed trial, even one over a limit.
+    - ``"lower bound"``: at least as much (right-censored), for the resource whose limit ended the
+      trial and, if that is a total, for the other totals, which grow along with it.
+    - ``"partial"``: usage up to an unknown share of the run, for all other resources of a trial
+      terminated for a peak, totals of a pruned trial, and a failed or preempted one. Its noise is
+      that of the full usage, so as a lower bound it would bias a fit upwards, to several times the
+      truth (``benchmarks/exponent_coverage.py``). Formulas exclude it, footprints model the share.
+    - ``"partial peak"``: a peak of a trial that was pruned, or terminated for a total. It equals
+      the full usage if all steps of a training are alike, not if later steps take more data or a
+      larger model; a fit over many trials decides.
 
     Args:
         resource: Name of the resource.
@@ -192,7 +191,7 @@ def evidence(resource: str, outcome: str | None, censored_by: str | None = None)
 
 
 def is_reserved(name: str) -> bool:
-    """Return whether a name can't be that of a user's meter: its key or column is taken."""
+    """Return whether a name is reserved: a user's meter can't have its key or column."""
     taken = {key.removeprefix(PREFIX) for key in (STUDY_QUOTA, STUDY_LIMITS, STUDY_PRICES)}
     return name in _NOT_METERS | _COLUMNS | taken or name.startswith(_FAMILIES)
 
@@ -205,7 +204,7 @@ def write_attributes(
     system: Mapping[str, Any] | None = None,
 ) -> None:
     """Write attributes into an unfinished row; UpdateFinishedTrialError if it is finished."""
-    # No call of the storage's own, which would be repeated.
+    # Not a method of the storage, which would be retried.
     retry(lambda: _optuna.write_attributes(storage, trial_id, user or {}, system or {}))
 
 
@@ -220,7 +219,7 @@ def write_one_by_one(
 ) -> list[str]:
     """Write each attribute by itself, outcome and reason first; return the keys that failed.
 
-    It stops at a transient error: the server is down, and each further attempt may take long.
+    Stops at a transient error: the server is down, and each further attempt may take long.
     """
     keys = [*sorted(user, key=lambda key: key not in (OUTCOME, REASON)), *system]
     failed: list[str] = []
@@ -238,7 +237,7 @@ def write_one_by_one(
 
 
 def record_attributes(record: TrialRecord) -> dict[str, Any]:
-    """Return the user attributes of a record as JSON values; what is unknown has none."""
+    """Return the user attributes of a record as JSON values, without unknown ones."""
     attributes: dict[str, Any] = {
         PREFIX + name: plain_number(value) for name, value in record.usage.amounts().items()
     }
@@ -277,13 +276,11 @@ def system_attributes(record: TrialRecord) -> dict[str, Any]:
 
 
 def read_record(trial: FrozenTrial) -> TrialRecord:
-    """Return the record in a row, without what is malformed."""
-    record, system = parse_record(trial.user_attrs), trial.system_attrs
-    return replace(
-        record,
-        timeline=record.timeline or _read_timeline(system.get(TIMELINE)),
-        breach_timeline=_read_timeline(system.get(BREACH_TIMELINE)),
-    )
+    """Return the record in a row, without malformed values."""
+    timelines = (_read_timeline(trial.system_attrs.get(n)) for n in (TIMELINE, BREACH_TIMELINE))
+    timeline, breach_timeline = timelines
+    record = parse_record(trial.user_attrs)
+    return replace(record, timeline=timeline, breach_timeline=breach_timeline)
 
 
 def read_constrained(trial: FrozenTrial) -> list[str]:
@@ -296,7 +293,7 @@ def is_rejected(attributes: Mapping[str, Any]) -> bool:
 
 
 def parse_record(attributes: Mapping[str, Any]) -> TrialRecord:
-    """Return the record in user attributes, without what is malformed."""
+    """Return the record in user attributes, without timelines and malformed values."""
     outcome = attributes.get(OUTCOME)
     isolation = attributes.get(ISOLATION)
     gpu_source = attributes.get(GPU_SOURCE)
@@ -308,7 +305,6 @@ def parse_record(attributes: Mapping[str, Any]) -> TrialRecord:
         footprint=_read_footprint(attributes.get(FOOTPRINT)),
         isolation=cast("Isolation", isolation) if isolation in _ISOLATIONS else None,
         host=_text(attributes.get(HOST)),
-        timeline=_read_timeline(attributes.get(TIMELINE)),
         gpu_source=gpu_source if gpu_source in _GPU_SOURCES else None,
     )
 
@@ -343,7 +339,7 @@ def amounts_object(ceilings: Quota | Limits) -> dict[str, float]:
 
 
 def read_amounts(value: Any) -> dict[str, float]:
-    """Return amounts by resource from a study's attribute, without what is malformed."""
+    """Return amounts by resource from a study's attribute, without malformed values."""
     if not isinstance(value, Mapping):
         return {}
     amounts = ((name, number(v)) for name, v in value.items() if isinstance(name, str))

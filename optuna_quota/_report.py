@@ -11,6 +11,7 @@ from optuna.study import Study
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._analysis.summary import summarize
+from optuna_quota._table import check_study
 from optuna_quota._utilization.data import study_data
 
 
@@ -112,10 +113,7 @@ def analyze(study: Study, *, user_attrs: Sequence[str] = ()) -> UtilizationRepor
             names.
         ValueError: If a user attribute has the name of a hyperparameter.
     """
-    from optuna.study import Study as OptunaStudy
-
-    if not isinstance(study, OptunaStudy):
-        raise TypeError(f"`study` must be an Optuna study but got {study!r}.")
+    check_study(study)
     if isinstance(user_attrs, str) or not all(isinstance(name, str) for name in user_attrs):
         raise TypeError(f"`user_attrs` must be a sequence of names but got {user_attrs!r}.")
     return UtilizationReport(study, study_data(study, user_attrs))

@@ -1,12 +1,12 @@
 """Retry transient storage errors, and survive restarts of servers and full disks.
 
-A server that is away for less than a minute ends no worker: all calls of a storage object that a
-study with limits or a quota uses are repeated until they succeed. Reads are idempotent, and so are
-writes of an attribute, a parameter or an intermediate value. Where the answer to a call was lost
-that creates a row, takes it or finishes it, the row shows whether it was executed.
+Workers survive a server outage of less than a minute: all storage calls of a study with limits or
+a quota are repeated until they succeed. Reads are idempotent, and so are writes of an attribute, a
+parameter or an intermediate value. If the answer to a call that creates, claims or finishes a row
+was lost, the row shows whether the call was executed.
 
-A full disk tears a line of a journal file. Optuna would append the next line to its rest, after
-which the study is unreadable. Here the worker that holds the lock removes it.
+A full disk truncates a line of a journal file. Optuna would append the next line to it, and the
+study would be unreadable. Here the worker that holds the lock removes the incomplete line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TIMEOUT = 60.0
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 
-# By name, so that no driver is imported: a server that is down, restarts, is slow or locked.
+# By name, so that no driver is imported: the server is down, restarting, slow or locked.
 _TRANSIENT = {
     "sqlalchemy.exc": {
         *("OperationalError", "InterfaceError", "TimeoutError", "DisconnectionError"),
@@ -54,7 +54,7 @@ _TRANSIENT = {
     "MySQLdb": {"OperationalError", "InterfaceError"},
     "redis.exceptions": {"ConnectionError", "TimeoutError", "BusyLoadingError", "ReadOnlyError"},
 }
-# What drivers raise as the same classes, and what no waiting mends.
+# Errors of the same classes that waiting does not fix.
 _PERMANENT = re.compile(
     r"no such (table|column)|does(n't| not) exist|readonly database|access denied"
     r"|authentication failed|unknown (database|column)",
@@ -63,15 +63,15 @@ _PERMANENT = re.compile(
 _TRANSIENT_GRPC = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "ABORTED"}
 
 _BLOCK = 65_536
-# Seconds after which a row that was created may have been created twice, and within which a worker
-# writes its claim into a row.
+# After a call of this many seconds, a row may have been created twice; within as many seconds, a
+# worker writes its claim into a row.
 _SLOW = 0.5
 _CLAIM = 1.0
 
-# The system attribute by which a row is found again where its start is not stored exactly.
+# The system attribute that identifies a row if the storage rounds its start.
 ASKED = "quota:asked"
 
-# Beside reads, and writes of one attribute, parameter or intermediate value.
+# In addition to reads, and to writes of one attribute, parameter or intermediate value.
 _IDEMPOTENT = ("record_heartbeat", "_get_stale_trial_ids")
 
 
@@ -81,7 +81,7 @@ def retry(
     timeout: float = TIMEOUT,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Return what an idempotent call returns, calling again while it raises a transient error."""
+    """Make an idempotent call, again while it raises a transient error."""
     deadline = time.monotonic() + timeout
     pause = _FIRST_PAUSE
     while True:
@@ -91,7 +91,7 @@ def retry(
             if not is_transient(error) or time.monotonic() + pause > deadline:
                 raise
             _logger.info(f"Storage error, retrying in {pause:.2f} s: {error!r}.")
-        # Workers that failed together should not come back together.
+        # Jitter, so that workers that failed together don't retry together.
         sleep(pause * random.uniform(0.5, 1.0))
         pause = min(_LONGEST_PAUSE, 2 * pause)
 
@@ -105,7 +105,7 @@ def is_transient(error: BaseException) -> bool:
         # SQLAlchemy's own text contains the statement.
         return not _PERMANENT.search(str(getattr(error, "orig", error)))
     if getattr(error, "connection_invalidated", False):
-        # By SQLAlchemy, from what the driver said.
+        # Set by SQLAlchemy.
         return True
     if any(c.__module__.split(".")[0] == "grpc" for c in type(error).__mro__):
         code = getattr(error, "code", None)
@@ -114,17 +114,17 @@ def is_transient(error: BaseException) -> bool:
 
 
 def survive_outages(storage: BaseStorage) -> None:
-    """Have all calls of a storage object wait for a server that is away, for up to a minute."""
-    # Once, as trials in other threads may be about to do the same.
+    """Retry all calls of a storage object for up to a minute while the server is away."""
+    # Once, as trials in other threads may do the same.
     kind: Any = type(storage)
     if issubclass(kind, _Retrying) or kind is InMemoryStorage:
         return
     repair_torn_lines(storage)
     try:
-        # The same object, as others have it too, with other methods.
+        # The same object gets other methods, as others refer to it too.
         object.__setattr__(storage, "__class__", _retrying(kind))
     except (AttributeError, TypeError) as error:
-        # One that hands all calls on, or whose class can't have subclasses.
+        # A proxy, or an object whose class can't have subclasses.
         _logger.debug(f"Calls of {kind.__qualname__} are not repeated: {error!r}.")
 
 
@@ -134,7 +134,7 @@ class _Retrying:
 
 @contextlib.contextmanager
 def without_retries() -> Iterator[None]:
-    """Let calls of this thread fail at once within the block."""
+    """Within the block, let calls of this thread fail at once."""
     _here.once = True
     try:
         yield
@@ -168,7 +168,7 @@ def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
         make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
         return make, tuple(arguments), *state
 
-    # Of Optuna's interface: others of a user's class may be static, or do more than read.
+    # Only Optuna's interface: other methods of a user's class may be static or not idempotent.
     members: dict[str, Any] = {
         name: retried(getattr(storage_class, name))
         for name in [*dir(BaseStorage), *_IDEMPOTENT]
@@ -188,7 +188,7 @@ def _new(storage_class: type[BaseStorage], *arguments: Any) -> BaseStorage:
 
 
 def _create_once(create: Callable[..., int]) -> Callable[..., int]:
-    """Return ``create_new_trial`` that leaves no second row where an answer was lost."""
+    """Return a ``create_new_trial`` that creates no second row if an answer was lost."""
 
     @functools.wraps(create)
     def create_once(
@@ -197,7 +197,7 @@ def _create_once(create: Callable[..., int]) -> Callable[..., int]:
         if template_trial is not None:
             return create(self, study_id, template_trial)
         template = create_trial(state=TrialState.RUNNING)
-        # By its start, another one for each call, the row is found again, or else by a mark.
+        # The row is found again by its start, unique for each call, or else by a mark.
         start = datetime.now() - timedelta(microseconds=random.randrange(1000))
         template.datetime_start, mark = start, None
         if not _optuna.stores_microseconds(self):
@@ -230,7 +230,7 @@ def _create_once(create: Callable[..., int]) -> Callable[..., int]:
 
 
 def _store_once(store: Callable[..., bool]) -> Callable[..., bool]:
-    """Return ``set_trial_state_values`` that knows what it has stored where an answer was lost."""
+    """Return a ``set_trial_state_values`` that detects whether a lost call was executed."""
 
     @functools.wraps(store)
     def store_once(
@@ -258,7 +258,7 @@ def _store_once(store: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _is_own(storage: BaseStorage, trial_id: int, begun: datetime) -> bool:
-    """Return whether it was this process that took an enqueued trial since a moment."""
+    """Return whether this process claimed an enqueued trial since a given time."""
     row = storage.get_trial(trial_id)
     if row.state != TrialState.RUNNING or row.datetime_start is None:
         return False
@@ -271,7 +271,7 @@ def _is_own(storage: BaseStorage, trial_id: int, begun: datetime) -> bool:
 
 
 def repair_torn_lines(storage: BaseStorage) -> None:
-    """Remove a torn last line of a journal file before another one is appended."""
+    """Remove an incomplete last line of a journal file before another one is appended."""
 
     def wrap(lock: Any, path: str) -> Any:
         return lock if isinstance(lock, _RepairingLock) else _RepairingLock(lock, path)
@@ -316,4 +316,7 @@ def _cut_torn_line(journal: BinaryIO) -> None:
         found = journal.read(end - begin).rfind(b"\n")
         whole = begin + found + 1 if found >= 0 else 0
     journal.truncate(whole)
-    _logger.warning(f"Removed an incomplete line of {size - whole} bytes from the journal.")
+    _logger.warning(
+        f"Removed an incomplete line of {size - whole} bytes from the journal {journal.name}: the "
+        "disk was full as it was written, or its writer was killed."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeAlias
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+# Here alone, as pandas is imported with the first table.
+DataFrame: TypeAlias = "pd.DataFrame"
 _TEXTS = ("outcome", "reason", "isolation", "host", "gpu_source", "censored_by")
 _BREACH = ("breach_limit", "breach_observed", "breach_seconds")
 _ALWAYS_PROJECTED = ("memory", "wall_time", "cpu_time")
 
 
-def trial_table(study: Study) -> pd.DataFrame:
+def trial_table(study: Study) -> DataFrame:
     """Return the trial table of a study, one row a trial, in SI base units.
 
     Example:
@@ -50,14 +52,23 @@ def trial_table(study: Study) -> pd.DataFrame:
 
     Args:
         study: Any Optuna study; needs no attributes of this library.
+
+    Raises:
+        TypeError: If ``study`` is not an Optuna study.
     """
+    check_study(study)
     trials = study.get_trials(deepcopy=False)
     return table_of(trials, [_records.read_record(t) for t in trials], len(study.directions))
 
 
+def check_study(study: Any) -> None:
+    if not isinstance(study, Study):
+        raise TypeError(f"`study` must be an Optuna study but got {study!r}.")
+
+
 def table_of(
     trials: Sequence[FrozenTrial], records: Sequence[_records.TrialRecord], n_objectives: int
-) -> pd.DataFrame:
+) -> DataFrame:
     """Return the table of the trials given with their records; see :func:`trial_table`."""
     import pandas as pd
 
@@ -78,19 +89,19 @@ def table_of(
     columns.update(_footprint_columns(records))
     for name in _names(usages):
         columns.setdefault(name, _floats(usage.get(name) for usage in usages))
-    table: pd.DataFrame = pd.DataFrame(columns)
+    table: DataFrame = pd.DataFrame(columns)
     return table
 
 
 def float_frame(
     rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], *, index: str | None = None
-) -> pd.DataFrame:
+) -> DataFrame:
     """Return numbers by row and column as a DataFrame; what a row lacks is NaN."""
     import pandas as pd
 
     figures = [[row.get(name) for name in columns] for row in rows.values()]
     names = pd.Index(list(rows), name=index, dtype="object")
-    table: pd.DataFrame = pd.DataFrame(figures, index=names, columns=list(columns), dtype=float)
+    table: DataFrame = pd.DataFrame(figures, index=names, columns=list(columns), dtype=float)
     return table
 
 
@@ -105,11 +116,11 @@ def measured_usage(trial: FrozenTrial, record: _records.TrialRecord) -> dict[str
 def usage_at_least(trial: FrozenTrial, record: _records.TrialRecord) -> dict[str, float]:
     """Return what a trial used, raised to the limit if it was stopped on its way there.
 
-    Without its limit, a trial that was stopped by a forecast, or was refused what it asked for,
-    would have used at least that much. What was not measured is not raised.
+    A trial that was stopped by a forecast or a refused allocation would otherwise have used at
+    least the limit. Unknown usage, and that of completed trials, is not raised.
     """
     amounts, breach = measured_usage(trial, record), record.breach
-    if breach is not None and breach.resource in amounts:
+    if breach is not None and record.censored_by in amounts:
         amounts[breach.resource] = max(amounts[breach.resource], breach.limit)
     return amounts
 

@@ -5,7 +5,7 @@ Everything inside the library is a ``float`` in SI base units (bytes, seconds, j
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 import math
@@ -23,9 +23,9 @@ _QUANTITY = re.compile(
 )
 # As clocks and batch systems show it: hours may pass 24, days may stand before them.
 _CLOCK = re.compile(r"\s*(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d(?:\.\d*)?)\s*", re.ASCII)
-# No process is smaller: a bare number of bytes below this was meant in another unit.
+# No process is smaller: a bare number below this was probably not meant in bytes.
 _SMALLEST = 2**20
-# From here on, as for NaN and infinity, only the order of magnitude is shown.
+# Larger numbers are shown in scientific notation.
 _HUGE = 1e15
 # Of the lines of a terminal.
 LINE_WIDTH = 99
@@ -39,7 +39,7 @@ class Unit:
     rule: str  # What an argument must be, for error messages
     # The units that text may have, from the smallest on, each in the base unit
     units: dict[str, float] = field(default_factory=dict)
-    aliases: Mapping[str, float] = field(default_factory=dict)  # What people write as well
+    aliases: Mapping[str, float] = field(default_factory=dict)  # Other accepted spellings
     shown: tuple[str, ...] = ()  # The units of formatted amounts, from the largest on
 
     def parse(self, value: Any, name: str, *, zero: bool = False) -> float:
@@ -114,7 +114,7 @@ class _Seconds(Unit):
 
     def format(self, value: float) -> str:
         """Return a duration such as ``"1 h 30 min"`` or ``"2.5 s"``."""
-        if abs(value) < 1:
+        if abs(value) < 0.9995:
             return f"{format_number(value * 1e3)} ms"
         if abs(value) < 60:
             return f"{format_number(value)} s"
@@ -147,13 +147,8 @@ class _Number(Unit):
 class _Count(_Number):
     def parse(self, value: Any, name: str, *, zero: bool = False) -> int:
         """Return a positive whole number."""
-        message = f"`{name}` must be {self.rule} but got {value!r}."
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(message)
-        number = float(value)
-        if not (number >= 1 and number.is_integer()):
-            raise ValueError(message)
-        return int(number)
+        check_number(value, name, self.rule, lambda n: n >= 1 and _as_float(n).is_integer())
+        return int(_as_float(value))
 
     def compact(self, value: float) -> int:
         return int(value)
@@ -172,7 +167,7 @@ BYTES = Unit(
     "B",
     "a size in bytes or a string with its unit ('2GiB', '500MB')",
     {**_DECIMAL, **_BINARY},
-    # "G" is "GB" and not "GiB": where the other was meant, that errs on the side that holds.
+    # "G" is "GB" and not "GiB": the smaller one, in case the other was meant.
     {"KB": 1000, "K": 1000} | {u[:-1]: n for u, n in (_DECIMAL | _BINARY).items() if n > 1000},
     ("PiB", "TiB", "GiB", "MiB", "KiB", "B"),
 )
@@ -198,14 +193,14 @@ format_seconds = SECONDS.format
 
 
 def check_bare_sizes(**sizes: Any) -> None:
-    """Raise ValueError for a bare number of bytes that can only be meant in another unit."""
+    """Raise ValueError for a bare number that is too small to be meant in bytes."""
     for name, value in sizes.items():
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if is_number and 0 < float(value) < _SMALLEST:
-            unit = "GiB" if value < 1024 else "MiB"
+        if is_number and 0 < value < _SMALLEST:
+            unit = "GiB" if value < 1024 else "MiB" if value < 100_000 else "KiB"
             raise ValueError(
                 f"`{name}` must be a size in bytes or a string with its unit but got {value!r}, "
-                f"and no process fits into {value:g} bytes. Did you mean '{value:g}{unit}'?"
+                f"and no process fits into {value:.15g} bytes. Did you mean '{value:.15g}{unit}'?"
             )
 
 
@@ -250,10 +245,45 @@ def format_signal(number: int) -> str:
         return f"signal {number}"
 
 
-def _checked(value: Any, name: str, rule: str, given: object, *, zero: bool) -> float:
+def check_flags(**flags: Any) -> None:
+    """Raise TypeError unless a value is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True or False but got {value!r}.")
+
+
+def check_mapping(value: Any, name: str, rule: str) -> None:
+    """Raise TypeError unless a value is a mapping whose keys are strings."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"`{name}` must map {rule} but got {value!r}.")
+
+
+def check_number(
+    value: Any, name: str, rule: str, is_valid: Callable[[Any], bool] | None = None
+) -> None:
+    """Raise TypeError unless a value is a number, ValueError unless it is a valid one."""
+    message = f"`{name}` must be {rule} but got {value!r}."
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be {rule} but got {value!r}.")
-    number = float(value)
+        raise TypeError(message)
+    if is_valid is not None and not is_valid(value):
+        raise ValueError(message)
+
+
+def check_confidence(value: Any) -> None:
+    """Raise an error unless a value is a confidence."""
+    check_number(value, "confidence", "above 0.5 and below 1", lambda c: 0.5 < c < 1)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number with more digits than fit
+        return math.inf
+
+
+def _checked(value: Any, name: str, rule: str, given: object, *, zero: bool) -> float:
+    check_number(value, name, rule)
+    number = _as_float(value)
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         sign = "nonnegative" if zero else "positive"
         raise ValueError(f"`{name}` must be {sign} and finite: {rule}, but got {given!r}.")

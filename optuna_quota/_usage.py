@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from optuna_quota import _units
 from optuna_quota._limits import Amounts, nonnegative, split_custom
 from optuna_quota._resources import ceiling_title, CHARGED_RESOURCES, get_resource, USAGE_RESOURCES
+from optuna_quota._units import check_mapping
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Usage(Amounts):
-    """What one trial used; what is not known is None, never 0.
+    """What one trial used; an unknown amount is None, never 0.
 
     Example:
 
@@ -58,7 +59,8 @@ class Usage(Amounts):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, nonnegative(value, name))
-        custom = {str(name): nonnegative(v, name) for name, v in self.custom.items()}
+        check_mapping(self.custom, "custom", "names of meters to numbers")
+        custom = {name: nonnegative(v, name) for name, v in self.custom.items()}
         object.__setattr__(self, "custom", custom)
 
     def get(self, resource: str) -> float | None:

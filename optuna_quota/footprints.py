@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+import contextlib
 from dataclasses import dataclass
 import functools
 from importlib.util import find_spec
@@ -19,8 +20,8 @@ import threading
 from typing import Any, Literal, TYPE_CHECKING
 import warnings
 
-from optuna_quota._footprint.glibc_heap import heap_peak
-from optuna_quota._footprint.held_storages import held_storages, size_of
+from optuna_quota._footprint.allocators import cuda_peak, glibc_peak, TrainingBlocks
+from optuna_quota._footprint.held_storages import held_storages, kernels_of_cuda, size_of
 from optuna_quota._isolation.isolated import isolated
 from optuna_quota._metering.monitored_tree import open_tree
 from optuna_quota._resources import format_amount
@@ -38,8 +39,9 @@ __all__ = ["TorchTraining", "TrainingMemory", "torch_training"]
 
 _logger = logging.getLogger("optuna.quota.footprint")
 
-# What a process holds on a GPU beside its tensors, in bytes: the CUDA context and loaded kernels.
-_CUDA_CONTEXT = 500 * 2**20
+# What a process holds on a GPU beside what torch's allocator has, in bytes: the CUDA context and
+# loaded kernels. On an H200 518 MiB, 610 with torch, 740 to 758 with cuBLAS and cuDNN.
+_CUDA_CONTEXT = 750 * 2**20
 # Any of them ends the growth of glibc's thresholds, so that it gives blocks back; as tunables they
 # are glibc.malloc.mmap_threshold and so on.
 _THRESHOLDS = ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD", "MMAP_MAX")
@@ -98,7 +100,8 @@ def torch_training(
         base: What a trial holds beside the tensors of its training step: a size in bytes or text
             such as "300MiB". By default, on the CPU, what an isolated trial holds that carries
             these functions and the data they refer to, measured once; a trial in process holds
-            what the study's process does. On a GPU 500 MiB, about what CUDA takes for itself.
+            what the study's process does. On a GPU 750 MiB, which CUDA, cuBLAS and cuDNN took on
+            an H200.
 
     Returns:
         A function from params to a :class:`~optuna_quota.Usage`, for ``QuotaSampler`` or
@@ -109,14 +112,16 @@ def torch_training(
         ValueError: If ``device`` is unknown, or ``base`` is no positive size.
         TypeError: If an argument that is to be called can't be.
     """
-    for name, function in {"build": build, "batch": batch, "optimizer": optimizer}.items():
+    loss = _supervised_loss if loss is None else loss
+    called = {"build": build, "batch": batch, "optimizer": optimizer, "loss": loss}
+    for name, function in called.items():
         if not callable(function):
             raise TypeError(f"`{name}` must be callable but got {function!r}.")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"`device` must be 'cpu' or 'cuda' but got {device!r}.")
     if find_spec("torch") is None:
         raise ImportError("Torch is not installed: pip install 'optuna-quota[torch]'.")
-    step = _Step(build, batch, optimizer, loss or _supervised_loss, foreach=device == "cuda")
+    step = _Step(build, batch, optimizer, loss, foreach=device == "cuda")
     size = None if base is None else parse_bytes(base, "base")
     if device == "cuda":
         return TorchTraining(step, "gpu_memory", _CUDA_CONTEXT if size is None else size)
@@ -137,7 +142,8 @@ class TrainingMemory:
         heap: What the C library keeps of freed blocks in addition: glibc those of up to 32 MiB, on
             the CPU, unless ``MALLOC_MMAP_THRESHOLD_`` or another of its thresholds is set when
             Python starts. Its heap is followed through the step's blocks, over four steps; for
-            plain stacks of convolutions this comes out too high, by a quarter of all.
+            plain stacks of convolutions this comes out too high, by a quarter of all. On a GPU
+            what torch's allocator keeps of them in its segments, and the workspaces of cuBLAS.
     """
 
     parameters: float
@@ -203,8 +209,10 @@ class TorchTraining:
 
         if self._base is None:
             trial = isolated(functools.partial(_held_here, self._step))
-            # The first one of a fork server shares more with it than those that follow.
-            self._base = float(max(trial(FixedTrial({})) for _ in range(2)))
+            # The first trial makes the fork server load modules; the second shares more memory
+            # with it than later ones.
+            _, *held = [trial(FixedTrial({})) for _ in range(3)]
+            self._base = float(max(held))
         return self._base
 
 
@@ -237,17 +245,18 @@ class _Step:
         import torch
         from torch._subclasses import fake_tensor
 
-        # Of copies of fake parameters, such as the layers of a TransformerEncoder.
+        # Caused by copies of fake parameters, such as the layers of a TransformerEncoder.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         fakes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         # Copies of layers would each copy it.
         fakes.__deepcopy__ = lambda _: fakes
         mkldnn = torch.backends.mkldnn
-        onednn = not self.foreach and mkldnn.is_available() and mkldnn.enabled
-        held = held_storages(onednn=bool(onednn))
+        onednn: Any = "onednn" if mkldnn.is_available() and mkldnn.enabled else None
+        held = held_storages("cudnn" if self.foreach else onednn)
+        kernels = kernels_of_cuda() if self.foreach else contextlib.nullcontext()
         try:
-            # The functions may seed: the study's own random numbers stay what they are.
-            with torch.random.fork_rng(devices=()), torch.enable_grad(), fakes, held:
+            # The functions may seed: the study's own random numbers must not change.
+            with torch.random.fork_rng(devices=()), torch.enable_grad(), fakes, held, kernels:
                 return self._take(params, fakes, held)
         except (
             fake_tensor.DataDependentOutputException,
@@ -265,14 +274,17 @@ class _Step:
         if not hasattr(model, "parameters"):
             raise TypeError(f"`build` must return a torch.nn.Module but returned {model!r}.")
         if any(getattr(each, "fake_mode", None) is not fakes for each in model.parameters()):
-            raise TypeError("`build` must make a new model with each call.")
+            raise TypeError(
+                "`build` must make a new model with each call but returned parameters that were "
+                "there before."
+            )
         parameters = held.now
         made = list(held.calls)
         optimizer = self._make_optimizer(params, model)
         state, temporary = _measure_update(optimizer, held, foreach=self.foreach)
         before = held.now
         held.calls.clear()
-        # A batch may have data: from numpy, or a dataset.
+        # A batch may have real data, from numpy or a dataset.
         batch = tree_map_only(
             torch.Tensor,
             lambda x: x if getattr(x, "fake_mode", None) is fakes else fakes.from_tensor(x),
@@ -285,15 +297,20 @@ class _Step:
         loss.backward()
         del loss
         gradients = sum(size_of(p.grad) for p in model.parameters() if p.grad is not None)
-        # Of most parameters there is no optimizer state here.
+        # Most parameters have no optimizer state here.
         peak = max(
             held.peak - before + parameters + state, parameters + state + gradients + temporary
         )
-        heap = 0.0
-        if not self.foreach and _keeps_freed_blocks():
-            groups = optimizer.param_groups
-            trained = [size_of(x) for g in groups for x in g["params"] if x.requires_grad]
-            heap = max(0.0, heap_peak(made, trained, state, temporary, held.calls) - peak)
+        groups = optimizer.param_groups
+        trained = [size_of(x) for g in groups for x in g["params"] if x.requires_grad]
+        blocks = TrainingBlocks(made, trained, state, temporary, held.calls)
+        if self.foreach:
+            taken = cuda_peak(blocks, multiplies=held.multiplies)
+        elif _keeps_freed_blocks():
+            taken = glibc_peak(blocks)
+        else:
+            taken = 0
+        heap = max(0.0, taken - peak)
         return TrainingMemory(parameters, gradients, state, activations, peak, heap)
 
     def _make_optimizer(self, params: Mapping[str, Any], model: Module) -> Optimizer:
@@ -306,7 +323,7 @@ class _Step:
 
 
 def _keeps_freed_blocks() -> bool:
-    """Return whether ``malloc`` is that of glibc, with thresholds that grow."""
+    """Return whether ``malloc`` is that of glibc, with its default, growing thresholds."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     return (
         platform.libc_ver()[0] == "glibc"
@@ -321,7 +338,7 @@ def _keeps_freed_blocks() -> bool:
 def _measure_update(optimizer: Optimizer, held: Any, *, foreach: bool) -> tuple[float, float]:
     """Return the state of an optimizer, and what its step needs in between, in bytes.
 
-    They are those of a first step of one parameter of each shape, which stands for all of them.
+    Measured in a first step with one parameter of each shape, and multiplied.
     """
     import torch
 

@@ -117,7 +117,7 @@ def _beside_others(
     folder = tmp_path_factory.getbasetemp().parent
     alone = request.node.get_closest_marker("alone") is not None
     with (folder / "gate.lock").open("w") as gate, (folder / "tests.lock").open("w") as tests:
-        # Through the gate one at a time: one that waits to be alone holds up those after it.
+        # One at a time: a test that waits to be alone blocks later ones.
         fcntl.flock(gate, fcntl.LOCK_EX)
         fcntl.flock(tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(gate, fcntl.LOCK_UN)

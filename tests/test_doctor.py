@@ -168,7 +168,7 @@ def test_the_limits_of_a_container_are_shown() -> None:
         (replace(ROOMY, is_overcommit_strict=True), "overcommit"),
     ],
 )
-def test_what_makes_limits_misleading_is_found(facts: Capacity, check: str) -> None:
+def test_conditions_that_make_limits_misleading_are_found(facts: Capacity, check: str) -> None:
     (finding,) = (f for f in check_capacity(facts) if f.state != "ok")
     assert finding.check == check
     assert finding.degrades and finding.fix

@@ -78,7 +78,7 @@ def test_the_lines_of_the_readme(study: optuna.Study, strict: bool, tmp_path: Pa
     assert (ran["memory"] < (320 if strict else 380) * MIB).all()
     assert (ran["isolation"] == "process").all(), ran.to_string()
     completed = table[table["outcome"] == "completed"]
-    # What the objective holds is seen: the peaks grow with what it was told to hold.
+    # The peaks grow with the memory that the objective allocates.
     slope = np.polyfit(completed["params_megabytes"] * MIB, completed["memory"], 1)[0]
     assert 0.8 < slope < 1.2
 

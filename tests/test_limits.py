@@ -67,6 +67,30 @@ def test_an_invalid_limit(name: str, value: Any) -> None:
     assert repr(value) in str(info.value)
 
 
+@pytest.mark.parametrize("name", LIMIT_RESOURCES)
+@pytest.mark.parametrize("value", [True, np.True_, b"1", 1j, [1], np.array([1, 2])])
+def test_a_limit_of_the_wrong_type(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be"):
+        Limits(**{name: value})
+
+
+@pytest.mark.parametrize("make", [lambda v: Limits(memory=v), lambda v: Quota(n_trials=v)])
+def test_a_number_with_more_digits_than_fit(make: Any) -> None:
+    with pytest.raises(ValueError, match="must be .* but got 1000"):
+        make(10**400)
+
+
+@pytest.mark.parametrize("value", [1, "steps", ["steps"], {1: 2}, {"steps"}, 0])
+def test_what_is_no_mapping_of_names(value: Any) -> None:
+    for make, name in (
+        (lambda: Limits(custom=value), "custom"),
+        (lambda: Quota(cost=1, prices=value), "prices"),
+        (lambda: Usage(custom=value), "custom"),
+    ):
+        with pytest.raises(TypeError, match=f"`{name}` must map names of .* but got"):
+            make()
+
+
 @pytest.mark.parametrize("cls", [Limits, Quota])
 def test_an_unknown_resource_is_refused(cls: Any) -> None:
     with pytest.raises(TypeError, match="memroy"):
@@ -75,7 +99,8 @@ def test_an_unknown_resource_is_refused(cls: Any) -> None:
 
 @pytest.mark.parametrize("cls", [Limits, Quota])
 @pytest.mark.parametrize(
-    ("value", "meant"), [(4, "4GiB"), (0.5, "0.5GiB"), (np.int64(4000), "4000MiB")]
+    ("value", "meant"),
+    [(4, "4GiB"), (0.5, "0.5GiB"), (np.int64(4000), "4000MiB"), (1e6, "1000000KiB")],
 )
 @pytest.mark.parametrize("name", ["memory", "gpu_memory"])
 def test_a_bare_number_that_is_no_size_in_bytes(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+import heapq
 import pickle
+import time
 from typing import Any
 
+import numpy as np
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 import pytest
 
 from optuna_quota import Limits, project, Quota, Strategy, Usage
+from optuna_quota._projection.simulation import _schedule
 
 
 EACH = Usage(memory=2e9, wall_time=90.0, cpu_time=180.0)
@@ -68,6 +72,64 @@ def test_rejection_names_each_resource_that_does_not_fit() -> None:
     assert "Nearest that would fit: 40 trials instead of 200, 1 at once instead of 2." in text
     one = str(project(Strategy(2000), EACH, quota=Quota(n_trials=1)))
     assert "Nearest that would fit: 1 trial instead of 2,000." in one
+
+
+def test_few_trials_of_very_many_that_fit_are_found() -> None:
+    each = Usage(wall_time=100, memory="1GiB")
+    quota = Quota(wall_time=250, memory="2GiB")
+    projection = project(Strategy(20_000, n_jobs=2), each, quota=quota)
+    assert projection.nearest == Strategy(4, n_jobs=2)
+
+
+def test_a_quota_used_up_does_not_fit_even_if_the_rest_is_unknown() -> None:
+    quota = Quota(cpu_time=5, gpu_time=5)
+    found = project(Strategy(9), Usage(memory=1e9), quota=quota, used={"cpu_time": 50})
+    assert not found.fits and found.nearest is None
+    assert [row.resource for row in found.unfit] == ["cpu_time"]
+    assert "CPU time: unknown usage, 50 s of it used so far, quota 5 s" in str(found)
+    assert [row.resource for row in found.not_judged] == ["gpu_time"]
+
+
+@pytest.mark.parametrize("confidence", [0.5, 1.0, 95])
+def test_a_confidence_is_a_probability(confidence: float) -> None:
+    with pytest.raises(ValueError, match="`confidence` must be above 0.5 and below 1"):
+        project(Strategy(9), EACH, confidence=confidence)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("strategy", 9),
+        ("quota", Limits(wall_time=1)),
+        ("limits", {}),
+        ("confidence", "0.9"),
+        ("used", 5),
+        ("used", {1: 5}),
+        ("points", [5]),
+    ],
+)
+def test_arguments_of_the_wrong_type(name: str, value: Any) -> None:
+    given: dict[str, Any] = {"strategy": Strategy(9), "footprint": EACH, name: value}
+    with pytest.raises(TypeError, match=f"`{name}` must .* but got"):
+        project(**given)
+
+
+@pytest.mark.parametrize("amount", [-1, float("nan"), float("inf")])
+def test_what_was_used_is_an_amount(amount: float) -> None:
+    with pytest.raises(ValueError, match=r"`used\['cpu_time'\]` must be nonnegative and finite"):
+        project(Strategy(9), EACH, used={"cpu_time": amount})
+
+
+def test_what_was_used_is_of_known_resources() -> None:
+    with pytest.raises(ValueError, match="`used` must be of n_trials, .* but got 'walltime'"):
+        project(Strategy(9), EACH, used={"walltime": 5})
+
+
+def test_the_text_of_a_resumed_study_says_further_trials() -> None:
+    used = {"n_trials": 10, "wall_time": 600.0}
+    text = str(project(Strategy(90), EACH, quota=Quota(wall_time="1h"), used=used))
+    assert text.startswith("A strategy of 90 further trials does not fit its quota")
+    assert "Nearest that would fit: 33 further trials instead of 90." in text
 
 
 @pytest.mark.parametrize(
@@ -222,3 +284,34 @@ def test_a_projection_without_any_known_usage_claims_nothing() -> None:
     some = project(Strategy(10), Usage(wall_time=1.0), quota=Quota(memory="1GiB", wall_time=100))
     assert "as far as known: probability 100% without memory" in str(some)
     assert "unknown usage" in str(some)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 3, 7, 17, 64, 150, 999])
+def test_each_trial_is_scheduled_on_the_worker_that_is_free_first(n_jobs: int) -> None:
+    generator = np.random.default_rng(n_jobs)
+    durations = generator.integers(1, 1000, (2, 150)) + generator.random((2, 150))
+    memory = generator.integers(1, 1000, (2, 150)).astype(float)
+    ends, peaks = _schedule(durations, {"memory": memory}, n_jobs)
+    for row in range(2):
+        # The last trial of each worker goes on holding its memory, until another takes its place.
+        workers = [(0.0, worker) for worker in range(min(n_jobs, 150))]
+        held, latest, peak = dict.fromkeys(range(n_jobs), 0.0), 0.0, 0.0
+        for trial in range(150):
+            free_at, worker = heapq.heappop(workers)
+            end = free_at + float(durations[row, trial])
+            heapq.heappush(workers, (end, worker))
+            held[worker] = float(memory[row, trial])
+            latest, peak = max(latest, end), max(peak, sum(held.values()))
+            assert (ends[row, trial], peaks["memory"][row, trial]) == (latest, peak)
+
+
+def test_thousands_of_workers_take_little_longer_than_one() -> None:
+    durations = np.random.default_rng(0).random((200, 2000))
+
+    def seconds(n_jobs: int) -> float:
+        began = time.process_time()
+        _schedule(durations, {"memory": durations}, n_jobs)
+        return time.process_time() - began
+
+    # Twice as long; 14 times where each trial looks through all of them.
+    assert min(seconds(2000) for _ in range(3)) < 6 * min(seconds(1) for _ in range(3))

@@ -172,7 +172,7 @@ def test_quota_and_limits_are_stored_as_plain_numbers() -> None:
         ("memory", "failed", None, "partial"),
     ],
 )
-def test_what_usage_says_of_a_point(
+def test_evidence_of_usage(
     resource: str, outcome: str | None, censored_by: str | None, expected: str
 ) -> None:
     assert _records.evidence(resource, outcome, censored_by) == expected

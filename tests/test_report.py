@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import analyze, Usage
+from optuna_quota import analyze, Quota, replay, status, trial_table, Usage
 from tests.analysis_tests.studies import finished, power_law_study, SPACE, study_of
 
 
@@ -52,5 +55,12 @@ def test_unknown_user_attributes_are_ignored() -> None:
 
 
 def test_the_study_must_be_a_study() -> None:
-    with pytest.raises(TypeError, match="must be an Optuna study"):
-        analyze("study")  # type: ignore[arg-type]
+    calls: list[Callable[[Any], Any]] = [
+        analyze,
+        status,
+        trial_table,
+        lambda study: replay(study, quota=Quota(n_trials=1)),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="`study` must be an Optuna study but got 'study'"):
+            call("study")

@@ -17,7 +17,9 @@ from optuna_quota._analysis.replay import trial_traces
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import Interval, record_attributes, TrialRecord
+from optuna_quota._resources import Outcome
 from optuna_quota._usage import Breach
+from optuna_quota._utilization.data import study_data
 from optuna_quota.visualization._data import StudyTrials
 
 
@@ -137,6 +139,27 @@ def test_all_agree_on_the_wall_time_of_a_trial_of_plain_optuna(
         "plots": StudyTrials(study).finished[0].amounts.get("wall_time"),
         "footprint": observation and observation.usage.wall_time,
         "ledger": read_entry(trial, 0, Quota(trial_time=1)).charges.get("trial_time"),
+    }
+
+    assert found == dict.fromkeys(found, expected)
+
+
+@pytest.mark.parametrize(("outcome", "expected"), [("terminated", 1e9), ("completed", 5e8)])
+def test_all_agree_on_the_memory_of_a_trial_that_was_to_breach_its_limit(
+    outcome: Outcome, expected: float
+) -> None:
+    """One that was stopped below its limit would have used more; one that completed did not."""
+    breach = Breach("memory", 1e9, 2e9, 3.0, forecast=True)
+    record = TrialRecord(Usage(memory=5e8, wall_time=3.0), outcome, breach=breach)
+    state = TrialState.COMPLETE if outcome == "completed" else TrialState.PRUNED
+    study = optuna.create_study()
+    study.add_trial(trial_of(record, state=state))
+
+    observation = read_observation(study.trials[0])
+    found = {
+        "models": study_data(study).amounts("memory")[0],
+        "replay": trial_traces(study)[0].amounts["memory"],
+        "footprint": observation and observation.usage.memory,
     }
 
     assert found == dict.fromkeys(found, expected)

@@ -182,6 +182,8 @@ def test_format_bytes(value: float, expected: str) -> None:
         (0, "0 ms"),
         (0.0123, "12.3 ms"),
         (59.4, "59.4 s"),
+        (0.9994, "999 ms"),
+        (0.99999, "1 s"),
         (59.999, "60 s"),
         (61, "1 min 1 s"),
         (3600, "1 h"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from optuna_quota import Usage
@@ -30,6 +31,16 @@ def test_usage_parses_units() -> None:
 def test_invalid_usage(value: Any) -> None:
     with pytest.raises(ValueError, match="`memory`"):
         Usage(memory=value)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, b"1", [1], np.array([1, 2])])
+def test_usage_of_the_wrong_type(value: Any) -> None:
+    with pytest.raises(TypeError, match="`memory` must be"):
+        Usage(memory=value)
+
+
+def test_usage_of_a_tensor_of_one_element() -> None:
+    assert Usage(memory=np.array(2**20)) == Usage(memory=2**20)
 
 
 def test_the_reason_of_a_breach() -> None:

@@ -7,27 +7,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 import math
 import sys
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from optuna_quota._analysis.replay import TrialTrace
 from optuna_quota._limits import Limits
 from optuna_quota._resources import format_amount, get_resource, HELD_RESOURCES, OUTCOMES
-
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    import pandas as pd
-
-    from optuna_quota._analysis.replay import TrialTrace
-    from optuna_quota._utilization.data import StudyData
+from optuna_quota._table import DataFrame
+from optuna_quota._utilization.data import StudyData
 
 
 # A trial counts as near the best within this share of the best value.
 TOLERANCE = 0.01
-# The maximum over fewer trials says little about the next one.
+# Fewer trials don't support advice on limits.
 _MIN_COMPLETED = 10
-# Suggested limits stand this far above the maximum.
+# Suggested limits are the maximum times this factor.
 _MARGIN = 1.1
 _MIB = 2**20
 # Larger amounts are not rounded: the result could exceed the largest float.
@@ -64,7 +60,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """What advice is derived from; arrays have the shape ``(n_trials,)``."""
+    """The data behind advice; arrays have the shape ``(n_trials,)``."""
 
     data: StudyData  # the finished trials as arrays
     traces: Sequence[TrialTrace]  # the trials that ran, in the order of their starts
@@ -74,7 +70,7 @@ class StudyFacts:
     sign: float  # 1 where the first objective is minimized, -1 where it is maximized
 
     @property
-    def table(self) -> pd.DataFrame:
+    def table(self) -> DataFrame:
         return self.data.table
 
     @cached_property
@@ -121,7 +117,7 @@ class StudyFacts:
 
 
 def advise(facts: StudyFacts) -> list[Advice]:
-    """Return all advice but that on the search space, the most useful first."""
+    """Return all advice except on the search space, the most useful first."""
     topics = (_advise_requests, _advise_jobs, _advise_budget, _advise_last_tenth)
     return [advice for topic in topics for advice in topic(facts)]
 
@@ -145,15 +141,15 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
     n_known = int(facts.table[list(maxima)][facts.completed].notna().all(axis=1).sum())
     share_held = _share_held(n_known, len(maxima))
     holds = (
-        f"Holds at least {math.floor(100 * share_held)}% of fresh trials like those that "
-        "completed (95% confidence)."
+        f"Holds for at least {math.floor(100 * share_held)}% of further trials like the completed "
+        "ones (95% confidence)."
     )
     used = " and ".join(format_amount(name, amount) for name, amount in maxima.items())
     text = (
         f"{limits!r} would have held all {n_completed} completed trials with at least "
         f"{_MARGIN - 1:.0%} to spare (at most {used} used). {holds}"
     )
-    # A breach of the quota says nothing about what the trial itself needs.
+    # A trial terminated for the quota does not show what a trial needs.
     stopped = [t.breach for t in facts.traces if t.outcome == "terminated" and t.breach]
     ended = sum(breach.resource in maxima and not breach.quota for breach in stopped)
     if ended:
@@ -169,7 +165,7 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
             "share_held": share_held,
         },
         {
-            # With the share, which a pasted snippet would else lose.
+            # With the share as a comment, which is pasted along with the snippet.
             kind: f"{lines}\n# {holds}"
             for kind, lines in (("kubernetes", _kubernetes(enough)), ("sbatch", _sbatch(enough)))
             if lines
@@ -330,13 +326,14 @@ def _advise_last_tenth(facts: StudyFacts) -> Iterator[Advice]:
     chance = float((late & ended).sum() / max(ended.sum(), 1))
     if after < before[-1]:
         effect = (
-            f"improved the best value from {best_before:.6g} to {best_after:.6g}, which it would "
-            f"in {chance:.0%} of random orders of these trials"
+            f"improved the best value from {best_before:.6g} to {best_after:.6g}; in random "
+            f"order, these trials would do so in {chance:.0%} of cases"
         )
     else:
         effect = (
-            f"improved nothing, as in {1 - chance:.0%} of random orders of these trials: the best "
-            f"value was found after {max(found_at, 0.01):.0%} of it"
+            "improved nothing: the best value was found after "
+            f"{max(found_at, 0.01):.0%} of it. In random order, these trials would do so in "
+            f"{1 - chance:.0%} of cases"
         )
     yield Advice(
         "last tenth",

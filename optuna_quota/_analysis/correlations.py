@@ -11,17 +11,14 @@ dependence.
 from __future__ import annotations
 
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from optuna_quota._table import DataFrame
 from optuna_quota._utilization.data import Parameter, StudyData
 from optuna_quota._utilization.model import holm
-
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    import pandas as pd
 
 
 _FIGURES = ("rho", "lower", "upper", "p_value")
@@ -31,7 +28,7 @@ MIN_TRIALS = 8
 _Z95 = 1.959963984540054
 
 
-def correlations(data: StudyData) -> pd.DataFrame:
+def correlations(data: StudyData) -> DataFrame:
     """Return a row for every parameter and resource, the strongest of each resource first.
 
     Figures are NaN where fewer than eight trials are known or the parameter or usage never varied;
@@ -41,12 +38,12 @@ def correlations(data: StudyData) -> pd.DataFrame:
     import pandas as pd
 
     rows = [_row(data, p, r) for r in data.resources for p in data.parameters]
-    table: pd.DataFrame = pd.DataFrame(rows, columns=list(_COLUMNS))
+    table: DataFrame = pd.DataFrame(rows, columns=list(_COLUMNS))
     table["p_adjusted"] = holm(table["p_value"].to_numpy(dtype=float))
     order = table["rho"].abs().fillna(-1.0)
     place = table["resource"].map({name: i for i, name in enumerate(data.resources)})
     index = np.lexsort((-order.to_numpy(dtype=float), place.to_numpy(dtype=float)))
-    ordered: pd.DataFrame = table.iloc[index].reset_index(drop=True)
+    ordered: DataFrame = table.iloc[index].reset_index(drop=True)
     return ordered
 
 
@@ -104,7 +101,7 @@ def _epsilon_squared(codes: NDArray[np.float64], y: NDArray[np.float64]) -> dict
     }
 
 
-def claims(table: pd.DataFrame, level: float = 0.05) -> list[dict[str, Any]]:
-    """Return the rows whose adjusted p-value is below ``level``, in their order."""
-    rows: list[dict[str, Any]] = table[table["p_adjusted"] < level].to_dict("records")
+def claims(table: DataFrame) -> list[dict[str, Any]]:
+    """Return the rows whose adjusted p-value is below 5%, in their order."""
+    rows: list[dict[str, Any]] = table[table["p_adjusted"] < 0.05].to_dict("records")
     return rows

@@ -12,34 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from optuna_quota._footprint.fit import ChainedModel
+from optuna_quota._footprint.fit import ChainedModel, Model
+from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.numerics import invert, product, square_root
+from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from optuna_quota._footprint.fit import Model
-    from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._footprint.resource_model import ResourceModel
-
-    Array = NDArray[np.float64]
-
+Array = NDArray[np.float64]
 
 _MIN_TRIALS = 10
 _POINTS = 400
 _DRAWS = 60
 _BINS = 8
-# Of a parameter with more values, neighbouring ones are one group.
+# A parameter with more values is divided into bins.
 _MAX_CHOICES = 40
 _MAX_GROUPS = 200
 _QUANTILES = (0.05, 0.5, 0.95)
-# A parameter is named where its share of a resource's variance is most likely above this.
+# A parameter is reported if its share of a resource's variance is most likely above this.
 _MIN_SHARE = 0.02
 _MIN_FACTOR = 1.05
 
@@ -50,19 +45,19 @@ class Driver:
 
     param: str
     share: tuple[float, float, float]  # of the variance of the log of the usage, noise included
-    # By which the usage changes where the parameter alone changes at the best trial; None for a
-    # category, where that is out of the range, or where no best trial is known.
+    # Factor on the usage if only this parameter changes at the best trial; None for a category, if
+    # the change is out of the range, or without a best trial.
     factor: tuple[float, float, float] | None
     change: float = 2.0  # what the parameter is multiplied by; 0.5 where 2 is out of the range
 
     @property
     def is_clear(self) -> bool:
-        """Whether the share is most likely more than nothing."""
+        """Whether the share is most likely above zero."""
         return self.share[0] >= _MIN_SHARE
 
     @property
     def clear_factor(self) -> tuple[float, float, float] | None:
-        """The factor where it is most likely more than a few percent off 1, or else None."""
+        """The factor if it most likely differs from 1 by more than a few percent, else None."""
         if self.factor is None:
             return None
         lower, _, upper = self.factor
@@ -165,7 +160,7 @@ def log_draws(model: Model, columns: Array, count: int) -> tuple[Array, Array]:
 
 
 def _draws(model: ResourceModel, columns: Array, count: int, seed: int) -> tuple[Array, Array]:
-    mean, covariance = model.process.joint(columns)
+    mean, covariance = model.joint(columns)
     normal = np.random.default_rng(seed).standard_normal((count, len(mean)))
     away = product(normal, square_root(covariance).T)
     logs = model.location + model.scale * (mean + away)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
-
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 def best_numbers(study: Study, trials: Iterable[FrozenTrial]) -> list[int]:
@@ -56,9 +52,9 @@ def pareto_front(losses: NDArray[np.float64]) -> list[int]:
 
 
 def cost_front(costs: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the places of those that no other beats in both cost and loss, cheapest first.
+    """Return the indices of the Pareto front of cost and loss, cheapest first.
 
-    Of those that are equal the first counts.
+    Of equal points, the first is on the front.
     """
     order = np.lexsort([losses, costs])
     best_before = np.minimum.accumulate(np.concatenate([[np.inf], losses[order]]))[:-1]

@@ -1,4 +1,4 @@
-"""How each trial of a study ran, and what other limits and quotas would have done to it."""
+"""Replays a study under other limits and quotas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 import math
-from typing import Literal, TYPE_CHECKING
+from typing import Literal
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _records
 from optuna_quota._analysis.pareto import best_numbers
@@ -16,16 +19,9 @@ from optuna_quota._ledger.totals import LONGEST_GAP
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering.breach import is_breach, quota_bound
 from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
-from optuna_quota._table import usage_at_least
+from optuna_quota._table import check_study, DataFrame, usage_at_least
 from optuna_quota._units import counted, wrap
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-    import pandas as pd
-
-    from optuna_quota._usage import Breach
+from optuna_quota._usage import Breach
 
 
 ReplayOutcome = Literal["kept", "terminated", "not run"]
@@ -51,13 +47,13 @@ class TrialTrace:
         return self.start + self.seconds
 
     def used(self, resource: str) -> float | None:
-        """Return the usage of a resource, None when unknown; trial time is the wall time."""
+        """Return the usage of a resource, None if unknown; trial time is the wall time."""
         return self.amounts.get(CHARGED_RESOURCES.get(resource, resource))
 
     def terminated(self, seconds: float, by: str, scope: Literal["limit", "quota"]) -> TrialTrace:
         """Return the trace of the trial terminated after ``seconds``; totals grow evenly over it.
 
-        Peaks stay: when they were reached is unknown.
+        Peaks are kept, as it is unknown when they occurred.
         """
         share = seconds / self.seconds if self.seconds > 0 else 1.0
         amounts = {
@@ -152,7 +148,7 @@ def apply_quota(
     if by is None or not math.isfinite(ends[by]):
         return alone, math.inf, None
     if by == "n_trials":
-        # By their order, since several trials may have started at the same moment.
+        # By order, as several trials may have started at the same moment.
         left = int(quota.totals[by])
         return [*alone[:left], *(trace.not_run(by) for trace in alone[left:])], ends[by], by
     return [_ended_at(trace, ends[by], by) for trace in alone], ends[by], by
@@ -179,7 +175,7 @@ def _used_up(traces: Sequence[TrialTrace], quota: Quota, resource: str, total: f
 
 
 def _clock_used_up(traces: Sequence[TrialTrace], total: float) -> float:
-    """When the clock time of the trials reaches ``total``, longer pauses left out."""
+    """When the clock time of the trials, without longer pauses, reaches ``total``."""
     used, until = 0.0, -math.inf
     for trace in traces:
         begin = until if trace.start - until <= LONGEST_GAP else trace.start
@@ -223,8 +219,7 @@ class ReplayReport:
     Attributes:
         quota: The quota replayed, None without one.
         limits: The limits replayed, None without any.
-        ended_at: Seconds into the study at which the quota would have ended it; None when it
-            would not have.
+        ended_at: Seconds into the study at which the quota would have ended it, or None.
         ended_by: The resource that would have been used up, None likewise.
         notes: Sentences on what could not be replayed.
     """
@@ -237,15 +232,14 @@ class ReplayReport:
         self.limits = limits
         self._before = trial_traces(study)
         after = [apply_limits(t, limits.amounts()) if limits else t for t in self._before]
-        end, self.ended_by = math.inf, None
-        if quota:
-            after, end, self.ended_by = apply_quota(after, quota)
+        self._after, end, self.ended_by = (
+            apply_quota(after, quota) if quota else (after, math.inf, None)
+        )
         self.ended_at = end if self.ended_by else None
-        self._after = after
         self.notes = list(_notes(self._before, quota, limits))
 
     @cached_property
-    def table(self) -> pd.DataFrame:
+    def table(self) -> DataFrame:
         """A row for each trial that ran.
 
         The columns are ``number``, ``outcome`` (in the study), ``fate`` (in the replay: ``kept``,
@@ -256,16 +250,15 @@ class ReplayReport:
         """
         import pandas as pd
 
-        names = {"number": "int64", "outcome": "object", "replayed": "object", "by": "object"}
-        names |= {"scope": "object", "seconds": "float64"}
+        texts = dict.fromkeys(("outcome", "replayed", "by", "scope"), "object")
         columns = {
             name: pd.Series([getattr(trace, name) for trace in self._after], dtype=dtype)
-            for name, dtype in names.items()
+            for name, dtype in {"number": "int64", **texts, "seconds": "float64"}.items()
         }
         for name in CHARGED_RESOURCES:
             saved = map(_saved, self._before, self._after, repeat(name))
             columns[f"saved_{name}"] = pd.Series(list(saved), dtype="float64")
-        table: pd.DataFrame = pd.DataFrame(columns).rename(columns={"replayed": "fate"})
+        table: DataFrame = pd.DataFrame(columns).rename(columns={"replayed": "fate"})
         # The outcome is that of the study, before the replay.
         table["lost"] = (table["outcome"] == "completed") & (table["fate"] != "kept")
         return table
@@ -273,8 +266,8 @@ class ReplayReport:
     @cached_property
     def saved(self) -> dict[str, float]:
         """What would have been saved by resource, in SI base units, of known usage."""
-        totals = {name: self.table[f"saved_{name}"] for name in CHARGED_RESOURCES}
-        return {name: float(t.sum()) for name, t in totals.items() if t.notna().any()}
+        totals = {name: self.table[f"saved_{name}"].dropna() for name in CHARGED_RESOURCES}
+        return {name: float(total.sum()) for name, total in totals.items() if len(total)}
 
     @property
     def lost(self) -> list[int]:
@@ -337,11 +330,8 @@ class ReplayReport:
         )
 
     def _terminated_text(self) -> str:
-        counts = Counter(
-            f"{get_resource(t.by).title} ({t.scope})"
-            for t in self._after
-            if t.replayed == "terminated" and t.by
-        )
+        ended = ((t.by, t.scope) for t in self._after if t.replayed == "terminated" and t.by)
+        counts = Counter(f"{get_resource(by).title} ({scope})" for by, scope in ended)
         causes = ", ".join(f"{count} by {by}" for by, count in counts.items())
         return (
             f"{counted(len(self.terminated), 'trial')} would have been terminated"
@@ -357,16 +347,20 @@ class ReplayReport:
                 share = f"{100 * saved / total:.0f}% of" if total else "of"
                 amounts = f"{format_amount(name, saved)} ({share} {format_amount(name, total)})"
                 parts.append(f"{get_resource(name).title} {amounts}")
-        return f"Saved: {', '.join(parts)}." if parts else "Nothing would have been saved."
+        text = f"Saved: {', '.join(parts)}" if parts else "Nothing would have been saved"
+        # Only of trials that were ended by a limit it is stored when they held how much.
+        pairs = zip(self._before, self._after, strict=True)
+        late = sum(a.replayed == "terminated" and a.seconds == b.seconds for b, a in pairs)
+        if late:
+            text += f", at least: when {counted(late, 'trial')} reached the limit is unknown"
+        return f"{text}."
 
     def _best_text(self) -> str:
         if self.best_lives is None:
             return "No trial of the study completed, so there is no best trial to lose."
         if len(self.best) > 1:
             kept = len(set(self.best) - set(self.lost))
-            return (
-                f"{kept} of the {len(self.best)} trials of the Pareto front would have completed."
-            )
+            return f"{kept} of {len(self.best)} trials of the Pareto front would have completed."
         if self.best_lives:
             return f"The best trial ({self.best[0]}) would have completed."
         if not self.best_left:
@@ -378,8 +372,7 @@ class ReplayReport:
             f"others is trial {self.best_left[0]} ({left:.6g})."
         )
 
-    def __str__(self) -> str:
-        return self.summary()
+    __str__ = summary
 
     def __repr__(self) -> str:
         return (
@@ -415,6 +408,7 @@ def replay(
         ValueError: If neither a quota nor limits are given.
         TypeError: If one of them is of another type.
     """
+    check_study(study)
     if quota is not None and not isinstance(quota, Quota):
         raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
     if limits is not None and not isinstance(limits, Limits):

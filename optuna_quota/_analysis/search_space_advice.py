@@ -1,4 +1,4 @@
-"""Edits of the search space that avoid breaches, or halve the cost, and cost no good trial.
+"""Suggests edits of the search space that avoid breaches or halve the cost, but keep good trials.
 
 Rules against breaches have the form ``x <= a``, ``x >= a`` or ``without x = level``, each also
 with a condition ``when y >= b`` (or ``<=``, or a level). The rule is chosen that removes most
@@ -24,30 +24,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
 
 from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
 from optuna_quota._analysis.cost_drivers import log_draws
+from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.numerics import product
 from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 from optuna_quota._limits import Limits
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import Parameter
-from optuna_quota._utilization.model import plain_number
+from optuna_quota._utilization.model import short_number
 
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from optuna.distributions import BaseDistribution
-
-    from optuna_quota._footprint.footprint import Footprint
-
-    Mask = NDArray[np.bool_]
-    Points = Sequence[Mapping[str, Any]]
-
+Mask = NDArray[np.bool_]
+Points = Sequence[Mapping[str, Any]]
 
 _MIN_BREACHES = 4
 _MIN_SHARE = 0.5
@@ -70,6 +66,7 @@ _POINTS = 512
 _MIN_FITTING = 64
 _DRAWS = 200
 _CUTS = 16
+_MAX_BOUNDS = 256  # 8 parameters; of 300, all pairs took 148 s and 8 GiB
 _MAX_COST = 0.5
 # Of the variance of the normal scores at trials left out; else the best may be anywhere.
 _MAX_UNEXPLAINED = 0.5
@@ -104,8 +101,10 @@ def advise_search_space(
     The model of the objective is fitted only where points are compared by it.
     """
     censored_by = facts.table["censored_by"]
+    # A breach of the quota depends on other trials.
+    of_quota = np.array([r.breach is not None and r.breach.quota for r in facts.data.records])
     for resource in censored_by.dropna().unique():
-        breached = (censored_by == resource).to_numpy(dtype=bool)
+        breached = (censored_by == resource).to_numpy(dtype=bool) & ~of_quota
         known = breached | np.isin(facts.data.ended, ("completed", "pruned"))
         if breached.sum() >= _MIN_BREACHES and (known & ~breached).any():
             limits = facts.table["breach_limit"][breached].dropna()
@@ -120,7 +119,7 @@ def advise_search_space(
 def _advise(
     facts: StudyFacts, resource: str, breached: Mask, known: Mask, points: Points
 ) -> Iterator[Advice]:
-    # Points that are no trials choose nothing, but show what a rule removes of them.
+    # Points without a trial don't affect the choice, but show what a rule removes.
     parameters = [_with_points(p, points) for p in facts.data.parameters]
     more = np.zeros(len(points), dtype=bool)
     breached, known, good = (np.append(m, more) for m in (breached, known, facts.near_best))
@@ -140,8 +139,8 @@ def _advise(
     )
     text += f" ({others} other{'s' * (others > 1)})." if others else "."
     text += (
-        f" Rules chosen likewise removed {share:.0%} of the breaches among trials that they were "
-        f"not chosen from; {precision:.0%} of what they removed there had breached."
+        f" In cross-validation, rules removed {share:.0%} of the breaches, and {precision:.0%} of "
+        "the trials that they removed had breached."
     )
     if lost > 0:
         text += f" It loses about {lost:.0%} of the best points that fit."
@@ -260,7 +259,7 @@ def _regions(parameter: Parameter, breached: Mask, known: Mask) -> Iterator[Regi
         return
     for below, above in _cuts(seen, x[kept], breached[kept]):
         bounds = _bounds_at(below, above, whole=bool((seen == np.round(seen)).all()))
-        # Six digits where they are exact: a rounded bound may let breaches in.
+        # Six digits if exact: a rounded bound may admit breaches.
         under, over = (f"{end:g}" if float(f"{end:g}") == end else f"{end:.17g}" for end in bounds)
         with np.errstate(invalid="ignore"):
             yield Region(x >= above, f"{name} >= {over}", f"{name} <= {under}", name)
@@ -270,7 +269,7 @@ def _regions(parameter: Parameter, breached: Mask, known: Mask) -> Iterator[Regi
 def _cuts(
     seen: NDArray[np.float64], x: NDArray[np.float64], hit: Mask
 ) -> Iterator[tuple[float, float]]:
-    """Neighbouring values to cut between: the best cut has a breach on one side of it."""
+    """Neighbouring values to cut between; the best cut has a breach next to it."""
     place = np.searchsorted(seen, x)
     share = np.bincount(place, hit) / np.bincount(place)
     found = np.flatnonzero((share[:-1] != share[1:]) | (share[:-1] % 1 > 0))
@@ -340,10 +339,10 @@ class CheaperSpace:
     def __str__(self) -> str:
         return (
             f"Half the cost: with {' and '.join(self.bounds)}, a trial takes {self.cost:.0%} of "
-            f"the {get_resource(self.resource).title} that it takes over the whole space. No "
-            "trial near the best is lost, and one of the best hundredth of the points stays with "
-            f"probability {min(self.best_kept, 0.99):.0%} (by the footprint and a model of the "
-            "value)."
+            f"the {get_resource(self.resource).title} over the whole space. It keeps all trials "
+            "near the best, and with probability "
+            f"{min(self.best_kept, 0.99):.0%} one of the best 1% of points (by the footprint and "
+            "a model of the value)."
         )
 
 
@@ -354,9 +353,9 @@ def cheaper_space(
     limits: Mapping[str, float],
     near_best: Points,
 ) -> CheaperSpace | None:
-    """Return bounds that halve a cost; None where none would, or too little is known to tell.
+    """Return bounds that halve a cost; None if there are none or too little is known.
 
-    The points of the trials near the best must stay.
+    Points of trials near the best must stay inside.
     """
     if objective is None or resource not in footprint.resources:
         return None
@@ -378,10 +377,17 @@ def cheaper_space(
         if within[: len(near_best)].all():
             bounds.append((text, within[len(near_best) :].astype(float)))
     inside = np.array([mask for _, mask in bounds])
+    mean_cost = costs.mean(axis=0)
+    # Two bounds keep the best with at most the probability of each.
+    keeps = np.mean([inside[:, each].any(axis=1) for each in best], axis=0) >= _MIN_KEPT
+    alone = inside @ mean_cost / np.maximum(inside.sum(axis=1), 1.0)
+    cheapest = sorted(np.flatnonzero(keeps).tolist(), key=lambda i: float(alone[i]))
+    chosen = sorted({0, *cheapest[:_MAX_BOUNDS]})
+    bounds, inside = [bounds[i] for i in chosen], inside[chosen]
     count = product(inside, inside.T)
-    cost = product(inside * costs.mean(axis=0), inside.T) / np.maximum(count, 1.0)
+    cost = product(inside * mean_cost, inside.T) / np.maximum(count, 1.0)
     stays = np.mean([inside[:, each] @ inside[:, each].T > 0 for each in best], axis=0)
-    # Of those that keep the best as surely, one bound, and what leaves most of the space.
+    # Of equal ones, prefer a single bound, then the larger rest of the space.
     second = np.logical_and.outer(*2 * [np.arange(len(bounds)) > 0])
     score = stays + 1e-3 * count / len(points) - _MIN_GAIN_OF_SECOND * second
     score = np.where((cost <= _MAX_COST) & (stays >= _MIN_KEPT), score, 0.0)
@@ -406,6 +412,6 @@ def _bounds(
         x = np.array(values, dtype=float)
         whole = all(float(point[name]).is_integer() for point in tried if name in point)
         for end in np.quantile(x, np.arange(1, _CUTS) / _CUTS):
-            bound = f"{end:.0f}" if whole and abs(end) < 100 else plain_number(end, 2)
+            bound = f"{end:.0f}" if whole and abs(end) < 100 else short_number(end, 2)
             yield f"{name} <= {bound}", x <= float(bound)
             yield f"{name} >= {bound}", x >= float(bound)

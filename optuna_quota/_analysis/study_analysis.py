@@ -8,13 +8,14 @@ signed-rank test).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
+from optuna.study import Study
 
 from optuna_quota import _records
 from optuna_quota._analysis.advice import Advice, advise, StudyFacts
@@ -32,30 +33,25 @@ from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation, observation_of
 from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import get_resource
+from optuna_quota._table import DataFrame
 from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.fit import derivatives_at, leverage, without_numeric_warnings
 from optuna_quota._utilization.model import fit_utilization_models, UtilizationModel
 
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from optuna.study import Study
-    import pandas as pd
-
-
 _MIN_TRIALS = 8
 _MUCH = 1.3
-# A law that errs by less than this more is good enough.
+# A formula whose error is larger by less than this is good enough.
 _MATTERS = 0.01
-# So is one that errs by less than this: with an exact meter a footprint may err by 0.5%, which no
-# quota needs. Wrong laws are noticed as often (benchmarks/formula_checks.py).
+# So is one with a smaller error than this: with an exact meter, a footprint's error may be 0.5%,
+# which no quota needs. Wrong formulas are detected as often (benchmarks/formula_checks.py).
 _LEAST_ERROR = 0.04
 _SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
 class PredictionError:
-    """Median errors at trials left out, as shares of their usage."""
+    """Median leave-one-out errors, relative to the usage."""
 
     formula: float
     footprint: float
@@ -79,12 +75,12 @@ class StudyAnalysis:
         self.limits = _records.read_amounts(attributes.get(_records.STUDY_LIMITS))
 
     @property
-    def table(self) -> pd.DataFrame:
+    def table(self) -> DataFrame:
         """The trial table of the finished trials, as :func:`trial_table` returns it."""
         return self.data.table
 
     @cached_property
-    def correlations(self) -> pd.DataFrame:
+    def correlations(self) -> DataFrame:
         """A row for each parameter and resource, the strongest of each resource first.
 
         The columns are ``param``, ``resource``, ``rho`` (Spearman's, or for a category the effect
@@ -130,18 +126,20 @@ class StudyAnalysis:
     def drivers(self) -> dict[str, tuple[Driver, ...]]:
         """Which hyperparameters drive each resource, the largest share of its variance first.
 
-        Empty where parameters are conditional: they have no common range.
+        Empty where parameters are conditional: they have no common range. A resource of which all
+        trials used the same has no drivers.
         """
         if not self._observations or self.data.is_conditional:
             return {}
         best = self._observations.get(self.best[0]) if len(self.best) == 1 else None
         with without_numeric_warnings():
             found = cost_drivers(self.footprint, best.params if best else None)
-        return {name: found[name] for name in self.data.resources if name in found}
+        varied = (n for n in self.data.resources if self.table[n].nunique() > 1)
+        return {name: found[name] for name in varied if name in found}
 
     @cached_property
     def prediction_errors(self) -> dict[str, PredictionError]:
-        """How closely formula and footprint predict trials left out of them, by resource."""
+        """Leave-one-out errors of formula and footprint, by resource."""
         from scipy.stats import wilcoxon
 
         found = {}
@@ -166,7 +164,7 @@ class StudyAnalysis:
 
     @property
     def formulas(self) -> dict[str, str]:
-        """The formula of each resource, or that a power law is not what it follows."""
+        """The formula of each resource, or a sentence that it follows no power law."""
         wrong = {name for name, error in self.prediction_errors.items() if error.is_wrong}
         return {
             name: _no_law(name, self.prediction_errors[name]) if name in wrong else model.formula
@@ -174,12 +172,14 @@ class StudyAnalysis:
         }
 
     def model_warnings(self, resource: str) -> list[str]:
-        """Return the warnings about a formula; none about one that is not shown."""
+        """Return the warnings about a formula; none if it is not shown."""
         error, model = self.prediction_errors.get(resource), self.models[resource]
         if error is not None and error.is_wrong:
             return []
         correlated = [r["param"] for r in claims(self.correlations) if r["resource"] == resource]
         left_out = [p for p in correlated if not _is_named(p, model.formula)]
+        if left_out and not model.has_clear_term:
+            return [*model.diagnostics, _no_clear_term(left_out, resource)]
         return [*model.diagnostics, *(_not_in_formula(p, resource) for p in left_out)]
 
     @cached_property
@@ -205,8 +205,8 @@ class StudyAnalysis:
             return cheaper_space(self.footprint, self._objective, facts.cost, self.limits, near)
 
     @cached_property
-    def front(self) -> pd.DataFrame | None:
-        """The completed trials that no other beats in both cost and value, cheapest first.
+    def front(self) -> DataFrame | None:
+        """The completed trials on the Pareto front of cost and value, cheapest first.
 
         The columns are ``number``, ``value`` and the cost: a total of the quota, or else a time.
         None for several objectives, or where the cost of fewer than ten trials is known.
@@ -220,7 +220,7 @@ class StudyAnalysis:
             found[facts.cost].to_numpy(float),
             facts.sign * found["value"].to_numpy(float),
         )
-        front: pd.DataFrame = found.iloc[cost_front(costs, losses)].reset_index(drop=True)
+        front: DataFrame = found.iloc[cost_front(costs, losses)].reset_index(drop=True)
         return front
 
     @cached_property
@@ -278,14 +278,22 @@ def _is_named(param: str, formula: str) -> bool:
 
 def _not_in_formula(param: str, resource: str) -> str:
     return (
-        f"{param} correlates with the {get_resource(resource).title} too, but beside the other "
-        "terms its own effect is not clear: the formula leaves it out."
+        f"{param} correlates with the {get_resource(resource).title} too, but has no significant "
+        "effect beside the other terms, so the formula omits it."
+    )
+
+
+def _no_clear_term(params: Sequence[str], resource: str) -> str:
+    verb = "correlates" if len(params) == 1 else "correlate"
+    return (
+        f"{', '.join(params)} {verb} with the {get_resource(resource).title}, but which term has "
+        "the effect is not clear yet: run more trials, or use `report.footprint.predict(params)`."
     )
 
 
 def _no_law(resource: str, error: PredictionError) -> str:
     return (
-        f"{resource} follows no floor plus power law: at trials left out of them, the formula "
-        f"errs by {error.formula:.1%} of the {get_resource(resource).title}, the footprint by "
-        f"{error.footprint:.1%}. Use `report.footprint.predict(params)`."
+        f"{resource} follows no floor plus power law: the leave-one-out error of the formula is "
+        f"{error.formula:.1%}, that of the footprint {error.footprint:.1%}. Use "
+        "`report.footprint.predict(params)`."
     )

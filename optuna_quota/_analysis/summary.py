@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from optuna.trial import FrozenTrial
 
+from optuna_quota._analysis.advice import Advice
 from optuna_quota._analysis.correlations import claims, MIN_TRIALS
+from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._records import PROPOSED, read_record
 from optuna_quota._resources import format_amount, get_resource, OUTCOMES
+from optuna_quota._table import DataFrame
 from optuna_quota._units import counted, LINE_WIDTH, wrap
+from optuna_quota._utilization.model import UtilizationModel
 
 
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-    import pandas as pd
-
-    from optuna_quota._analysis.advice import Advice
-    from optuna_quota._analysis.study_analysis import StudyAnalysis
-    from optuna_quota._utilization.model import UtilizationModel
-
-
-# A share of fewer audits says nothing.
+# Fewer audits give no meaningful share.
 _MIN_AUDITED = 4
 _MAX_FRONT = 8
 
@@ -57,10 +53,9 @@ def _head(analysis: StudyAnalysis) -> Iterator[str]:
 
 
 def refused_points(trials: Iterable[FrozenTrial]) -> str:
-    """Say what became of the points refused before finished trials; empty when none was.
+    """Return a sentence on the refused points of finished trials; empty without any.
 
-    An audited point counts only if its trial completed or breached a limit: one that stopped for
-    another reason says nothing of the refusal.
+    An audited point counts only if its trial completed or breached a limit.
     """
     counts: Counter[str] = Counter()
     for trial in trials:
@@ -70,9 +65,10 @@ def refused_points(trials: Iterable[FrozenTrial]) -> str:
             continue
         if action == "audited":
             record = read_record(trial)
-            if record.breach is None and record.outcome != "completed":
+            breached = record.breach is not None and not record.breach.quota
+            if not breached and record.outcome != "completed":
                 continue
-            counts["wrong"] += record.breach is None
+            counts["wrong"] += not breached
         counts[action] += 1
     parts = [f"{counts[kind]} {kind}" for kind in ("redrawn", "moved", "rejected") if counts[kind]]
     audited, wrong = counts["audited"], counts["wrong"]
@@ -102,7 +98,7 @@ def _usage_lines(analysis: StudyAnalysis) -> Iterator[str]:
 
 
 def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
-    """Name the parameters whose share of the variance is clear, and what changing them costs."""
+    """Return lines on parameters with a clear share of the variance, and their effect."""
     lines = []
     for resource, drivers in analysis.drivers.items():
         clear = [d for d in drivers if d.is_clear]
@@ -144,7 +140,7 @@ def _front_lines(analysis: StudyAnalysis) -> Iterator[str]:
         return
     resource = front.columns[-1]
     title = get_resource(resource).title
-    yield f"Cost against quality: completed trials that no other beats in both value and {title}"
+    yield f"Cost against quality: the Pareto front of value and {title}"
     # Of many, the best and the cheapest of the others, evenly spread.
     shown = np.unique(np.linspace(0, len(front) - 1, _MAX_FRONT).round().astype(int))
     yield f"  {'trial':>7}{'value':>14}{title:>14}{'of the best':>14}"
@@ -155,7 +151,7 @@ def _front_lines(analysis: StudyAnalysis) -> Iterator[str]:
         yield f"  {len(front) - len(shown)} of {len(front)} are left out (report.front has all)."
 
 
-def _correlation_lines(table: pd.DataFrame) -> Iterator[str]:
+def _correlation_lines(table: DataFrame) -> Iterator[str]:
     tested = int(table["p_value"].notna().sum())
     if not len(table):
         return
@@ -194,7 +190,7 @@ def _model_lines(analysis: StudyAnalysis) -> Iterator[str]:
         basis = _basis(model, partial)
         if error is not None:
             basis += (
-                f" At trials left out it errs by {error.formula:.1%}, the footprint by "
+                f" Leave-one-out error {error.formula:.1%}, that of the footprint "
                 f"{error.footprint:.1%}."
             )
         yield from wrap(basis, first="    ", indent="    ")
@@ -229,7 +225,9 @@ def _basis(model: UtilizationModel, n_partial: int) -> str:
     percent = 100 * math.expm1(min(model.sigma, 20))
     scatter = f"{percent:.2g}" if percent < 99.5 else f"{percent:.0f}"
     above = " above the floor" if model.selected.fit.epsilon < 1 and model.floor else ""
-    return f"{shown}{counts}; scatter {scatter}%{above}."
+    # The formula shows a constant then; the figures are of the fit with all terms.
+    of = "" if model.has_clear_term else "With all terms together: "
+    return f"{of}{shown}{counts}; scatter {scatter}%{above}."
 
 
 def _correlation_line(row: dict[str, Any]) -> Iterator[str]:

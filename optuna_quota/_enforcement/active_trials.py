@@ -1,8 +1,8 @@
-"""The trials that this process monitors: start a monitor, find it, close those that are over.
+"""The trials that this process monitors: start, find and close their monitors.
 
-A pruner is not called when a trial ends, and a trial from ``ask`` may never get its ``tell``. A
-monitor that stays open would leak, and would make later trials seem to share their memory with it.
-So those of trials that are over are closed before another one starts.
+A pruner is not called when a trial ends, and a trial from ``ask`` may never be told. Its monitor
+would leak, and later trials would seem to share their memory with it. So before a trial starts,
+the monitors of all finished trials are closed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from optuna_quota._enforcement.study_warnings import is_first_trial, note_start
 from optuna_quota._limits import Limits, with_cores
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._metering.host import cpu_count
-from optuna_quota._resources import format_amount
 from optuna_quota._storage_retry import survive_outages
 
 
@@ -41,44 +40,43 @@ def start_monitor(
     *,
     limits: Limits,
     left: Mapping[str, float] | None = None,
-    meters: Sequence[Meter] = (),
+    meters: Sequence[Meter],
     holder: FrozenTrial | None = None,
     here: bool = True,
 ) -> TrialMonitor:
-    """Start monitoring a trial, whose result its owner records: the ``"sampler"`` or ``"pruner"``.
+    """Start monitoring a trial; its owner, ``"sampler"`` or ``"pruner"``, records the result.
 
-    ``left`` is what is left for it of the study's totals. ``holder`` lives as long as the trial
-    does in this process; without it, the trial's row shows when it is over. ``here`` is False
-    where the trial runs where this process can't see it.
+    ``left`` is what is left of the study's totals. ``holder`` is an object that lives as long as
+    the trial in this process; without it, the trial's row shows when the trial has finished.
+    ``here`` is False if the trial runs where this process can't measure it.
     """
     limits = resolve_cores(limits)
     survive_outages(_optuna.storage_of(study))
     ceilings = {**limits.amounts(), **(left or {})}
-    if (_register.close_finished() or is_first_trial(study)) and "memory" in ceilings:
-        # A pruned trial's exception and the frames that it passed through refer to each other, as
-        # may objects of the script: uncollected, they would count for this trial.
+    _register.close_finished()
+    if "memory" in ceilings and (_register.has_garbage or is_first_trial(study)):
+        _register.has_garbage = False
         gc.collect()
-    if here and "gpu_memory" in ceilings:
-        release_gpu_cache()
+    held_on_gpu = release_gpu_cache() if here and "gpu_memory" in ceilings else 0.0
     key = key_of(study, trial)
     monitor = metering_loop().monitor(key, limits=limits, left=left, meters=meters, here=here)
-    monitor.owner = owner
+    monitor.owner, monitor.held_on_gpu = owner, held_on_gpu
     if owner == "pruner":
-        # The trial has run for a while.
+        # The trial has run for a while: memory of this process may be the trial's.
         monitor.held = None
     note_start(study, monitor)
     _optuna.watch_tell()
     if holder is None:
         _register.add(monitor, _end_of_row(study, key[1]))
     else:
-        # No callback: it would run inside of any lock that its thread holds at that moment.
+        # No callback: it would run in any thread, under any lock that this thread holds.
         find_holder = weakref.ref(holder)
         _register.add(monitor, lambda: find_holder() is None)
     return monitor
 
 
 def resolve_cores(limits: Limits, n_jobs: int | None = None) -> Limits:
-    """Return limits with a number in place of ``cpu_cores="auto"``, by what runs at once."""
+    """Return limits with a number for ``cpu_cores="auto"``: the cores divided by the trials."""
     if limits.cpu_cores != "auto":
         return limits
     return with_cores(limits, cpu_count() / max(n_jobs or 1, _optuna.n_jobs_of_optimize()))
@@ -90,8 +88,18 @@ def find_monitor(study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor |
     return metering_loop().find(key) or _register.take_closed(key)
 
 
+def note_garbage() -> None:
+    """Collect garbage before a trial in this process whose memory is limited.
+
+    A failed trial's exception and the frames that it passed through refer to each other, as may
+    objects of the script: uncollected, they would count for that trial.
+    """
+    _register.has_garbage = True
+
+
 class _Register:
     def __init__(self) -> None:
+        self.has_garbage = False
         self._lock = threading.Lock()
         self._open: dict[Key, tuple[TrialMonitor, Callable[[], bool]]] = {}
         self._closed: dict[Key, TrialMonitor] = {}
@@ -100,15 +108,14 @@ class _Register:
         with self._lock:
             self._open[monitor.key] = monitor, is_over
 
-    def close_finished(self) -> bool:
-        """Close the monitors of trials that are over; return whether a pruner stopped one."""
-        has_stopped = False
+    def close_finished(self) -> None:
+        """Close the monitors of finished trials."""
         with self._lock:
             entries = list(self._open.values())
         for monitor, is_over in entries:
             if not monitor.closed and not is_over():
                 continue
-            has_stopped |= monitor.owner == "pruner" and monitor.verdict is not None
+            self.has_garbage |= monitor.owner == "pruner" and monitor.verdict is not None
             may_be_told = not monitor.closed and monitor.owner == "sampler"
             monitor.close()
             with self._lock:
@@ -117,7 +124,6 @@ class _Register:
                     self._closed[monitor.key] = monitor
                     while len(self._closed) > _MOST_CLOSED:
                         del self._closed[next(iter(self._closed))]
-        return has_stopped
 
     def take_closed(self, key: Key) -> TrialMonitor | None:
         with self._lock:
@@ -156,30 +162,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-# Bytes. Less is what torch keeps for itself, such as the workspaces of cuBLAS.
-_NOTICEABLE = 256 * 2**20
-
-
-def release_gpu_cache() -> None:
-    """Give back what torch keeps of freed tensors; log what tensors still hold."""
+def release_gpu_cache() -> float:
+    """Empty torch's GPU cache; return the bytes that live tensors hold."""
     torch: Any = sys.modules.get("torch")
     if torch is None:
-        return
+        return 0.0
     try:
         if not torch.cuda.is_initialized():
-            return
+            return 0.0
         # The error of a trial that was stopped and the frames that it passed through refer to
         # each other.
         gc.collect()
         torch.cuda.empty_cache()
         devices = range(torch.cuda.device_count())
-        held = sum(torch.cuda.memory_allocated(device) for device in devices)
+        return float(sum(torch.cuda.memory_allocated(device) for device in devices))
     except (AttributeError, RuntimeError) as error:
         _logger.info(f"Torch could not give back its cached GPU memory: {error}")
-        return
-    if held > _NOTICEABLE:
-        _logger.warning(
-            f"This process holds {format_amount('gpu_memory', held)} of GPU memory in tensors as "
-            "a trial starts. Delete them, or use `isolated(objective)`: they count for each trial "
-            "that runs in this process."
-        )
+        return 0.0

@@ -1,9 +1,9 @@
 """Forecast whether a running trial will breach a limit, from its reports and its usage so far.
 
-Conservative on purpose: stopping a trial that would have fitted loses a result, while letting one
-run that will not fit costs at most its limit. So each estimate is a lower bound, and the pace of
-earlier trials counts in the trial's favour too: steps that compile or fill a cache are slow at
-first, and the memory that a cache takes stops growing.
+The forecast is conservative: stopping a trial that would have stayed within its limit loses a
+result, while running one that exceeds it costs at most the limit. So each estimate is a lower
+bound, and allows for what earlier trials show: first steps are slow where they compile or fill a
+cache, and a cache stops growing.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ Steps = Sequence[tuple[int, float]]
 # A forecast needs this many steps or samples, and this share of all steps behind it.
 MIN_POINTS = 8
 MIN_PROGRESS = 0.2
-# No trial is stopped for its pace in the first half of its time: little would be saved, and much
-# may still change.
+# No trial is stopped for its pace in the first half of its time, when its pace may still change.
 MIN_TIME_SHARE = 0.5
 # Trials that have to complete before others are compared with them.
 MIN_TRIALS = 3
@@ -44,9 +43,9 @@ Z = 3.1
 # have `_MIN_PACES` steps; the fastest counts.
 _WINDOWS = (1, 2, 4, 8)
 _MIN_PACES = 4
-# A trial may be slow at first for this many times the steps that earlier trials were.
+# A trial may be slow at first for this many times as many steps as earlier trials.
 _LONGER = 2
-# Without knowing the end of a trial, growth alone stops it only this close to its limit.
+# If the end of a trial is unknown, its growth stops it only this close to its limit.
 NEAR_LIMIT = 0.85
 _STRETCHES = 4
 _MOST_PROFILES = 20
@@ -80,7 +79,7 @@ class PaceProfile:
 
 @dataclass(frozen=True)
 class CompletedTrials:
-    """What the completed trials of a study say about how long and how large a trial is."""
+    """Duration, steps and memory of a study's completed trials."""
 
     # The smallest of their last steps; None while fewer than three completed.
     last_step: int | None = None
@@ -94,13 +93,13 @@ _profiles: WeakKeyDictionary[Study, deque[PaceProfile]] = WeakKeyDictionary()
 
 
 def record_pace(study: Study, steps: Steps) -> None:
-    """Keep how the pace of a completed trial changed, to compare later trials with."""
+    """Store how the pace of a completed trial changed, to compare later trials with it."""
     if len(steps) >= MIN_POINTS:
         _profiles.setdefault(study, deque(maxlen=_MOST_PROFILES)).append(PaceProfile(steps))
 
 
 def completed_trials(study: Study) -> CompletedTrials:
-    """Return what a study's completed trials say about the length and size of a trial."""
+    """Return duration, steps and memory of a study's completed trials."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     steps = [step for trial in done if (step := trial.last_step) is not None]
     if len(steps) < MIN_TRIALS:
@@ -122,7 +121,7 @@ def forecast_breach(
     completed: CompletedTrials | None = None,
     memory: Sequence[tuple[float, float]] = (),
 ) -> Breach | None:
-    """Return the breach that a trial is heading for, None if there may be none.
+    """Return the breach that a trial is heading for, None if it may stay within its limits.
 
     ``memory`` has pairs of seconds and bytes; without ``completed``, only memory is forecast.
     """
@@ -150,10 +149,8 @@ def _earliest_stop(limit: float, completed: CompletedTrials) -> float:
     return max(MIN_TIME_SHARE * limit, 0.0 if known else completed.longest or 0.0)
 
 
-def lowest_duration(
-    steps: Steps, last_step: int, profiles: Sequence[PaceProfile] = ()
-) -> float | None:
-    """Return the lower bound of a trial's total seconds, None if there is too little to tell.
+def lowest_duration(steps: Steps, last_step: int, profiles: Sequence[PaceProfile]) -> float | None:
+    """Return a lower bound of a trial's total seconds, None with too few reports.
 
     The time of the remaining steps is n · (m − Z · s · √(1/k + 1/n)), with m and s the mean and
     standard deviation of the time per step over k reports: the lower prediction bound of a sum
@@ -199,9 +196,9 @@ def lowest_peak(
     memory: Sequence[tuple[float, float]],
     duration: float | None,
     limit: float,
-    typical: float | None = None,
+    typical: float | None,
 ) -> float | None:
-    """Return the lower bound of a trial's peak bytes, None if there is too little to tell.
+    """Return a lower bound of a trial's peak bytes, None with too few samples.
 
     The trial so far is cut into four stretches. Its growth is the smallest from one to the next,
     of both their minimum and their maximum: a trial that has levelled off, goes up and down, or

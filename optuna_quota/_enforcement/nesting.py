@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import functools
 import itertools
+import math
 import types
 from typing import Any, cast, Protocol, TypeVar
 
@@ -25,7 +26,7 @@ T = TypeVar("T")
 # Bounds of the search, in objects, items of one container, and references from one object to the
 # next: pruners are small, but may hold a data set.
 _MOST_OBJECTS = 2000
-_MOST_ITEMS = 100
+_MOST_ITEMS = 300
 _DEPTH = 6
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
@@ -47,21 +48,9 @@ def find_nested(root: object, kind: type[T]) -> list[T]:
     Attributes, containers and closures are searched; studies and storages are not, since what
     they hold belongs to others.
     """
-    found: list[T] = []
-    known: dict[int, object] = {}
-    waiting = deque([(root, 0)])
-    while waiting and len(known) < _MOST_OBJECTS:
-        each, depth = waiting.popleft()
-        if id(each) in known:
-            continue
-        # Kept alive, so that no other object gets the same id.
-        known[id(each)] = each
-        if issubclass(type(each), kind):
-            found.append(cast("T", each))
-        if depth < _DEPTH:
-            parts = itertools.islice(_parts(each), _MOST_ITEMS)
-            waiting.extend((part, depth + 1) for part in parts)
-    return found
+    inside = walk([root], _parts, most=_MOST_OBJECTS, depth=_DEPTH)
+    # Not `isinstance`: a proxy may claim another class.
+    return [cast("T", each) for each in inside if issubclass(type(each), kind)]
 
 
 def quota_pruners(pruner: object) -> list[LimitingPruner]:
@@ -111,24 +100,8 @@ def requires_uniform_constraints(sampler: object) -> bool:
 
 
 def _parts(each: object) -> Iterable[object]:
-    if isinstance(each, Mapping):
-        return each.values()
-    if isinstance(each, _CONTAINERS):
-        return each
-    if isinstance(each, functools.partial):
-        return (each.func, *each.args, *each.keywords.values())
-    if isinstance(each, types.MethodType):
-        return (each.__self__,)
-    if isinstance(each, types.FunctionType):
-        return _closed_over(each)
-    return _attributes(each)
-
-
-def _closed_over(function: types.FunctionType) -> Iterator[object]:
-    for cell in function.__closure__ or ():
-        # A cell is empty until its variable is assigned.
-        with contextlib.suppress(ValueError):
-            yield cell.cell_contents
+    held = parts_of(each)
+    return _attributes(each) if held is None else held
 
 
 def _attributes(each: object) -> Iterator[object]:
@@ -146,3 +119,51 @@ def _attributes(each: object) -> Iterator[object]:
             if isinstance(member, types.MemberDescriptorType):
                 with contextlib.suppress(AttributeError):
                     yield member.__get__(each, cls)
+
+
+# Objects that an object holds.
+
+
+def walk(
+    roots: Iterable[object],
+    parts: Callable[[Any], Iterable[object]],
+    *,
+    most: int,
+    depth: float = math.inf,
+) -> Iterator[object]:
+    """Yield objects and, recursively, their ``parts``: each once, outer ones first."""
+    # Kept alive, so that no other object gets the same id.
+    known: dict[int, object] = {}
+    waiting = deque((root, 0) for root in roots)
+    while waiting and len(known) < most:
+        each, at = waiting.popleft()
+        if id(each) in known:
+            continue
+        known[id(each)] = each
+        yield each
+        if at < depth:
+            with contextlib.suppress(Exception):  # methods of a user's class may raise anything
+                held = itertools.islice(parts(each), _MOST_ITEMS)
+                waiting.extend((part, at + 1) for part in held)
+
+
+def parts_of(each: Any) -> Iterable[object] | None:
+    """Return what a container, function, method or partial holds, None for any other object."""
+    if isinstance(each, Mapping):
+        return each.values()
+    if isinstance(each, _CONTAINERS):
+        return each
+    if isinstance(each, functools.partial):
+        return (each.func, *each.args, *each.keywords.values())
+    if isinstance(each, types.MethodType):
+        return (each.__self__, each.__func__)
+    return _held_by_function(each) if isinstance(each, types.FunctionType) else None
+
+
+def _held_by_function(function: types.FunctionType) -> Iterator[object]:
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from vars(function).values()
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # empty until its variable is assigned
+            yield cell.cell_contents

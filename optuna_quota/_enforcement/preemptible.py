@@ -1,8 +1,8 @@
-"""``preemptible``: a worker that may get a signal to end saves its trials for another one."""
+"""``preemptible``: on a signal, a worker stops its trials and enqueues them again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import functools
 import hashlib
@@ -24,22 +24,27 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.nesting import quota_pruners
-from optuna_quota._enforcement.preemption import find_preemption, Preemption, preemption_of
+from optuna_quota._enforcement.preemption import (
+    find_preemption,
+    Preemption,
+    preemption_of,
+    runs_again,
+)
 from optuna_quota._enforcement.pruner import QuotaPruner
 from optuna_quota._limits import Limits
 from optuna_quota._records import CHECKPOINT, write_attributes
 from optuna_quota._storage_retry import survive_outages
-from optuna_quota._units import format_signal
+from optuna_quota._units import check_flags, format_signal
 from optuna_quota.exceptions import TrialPreempted
 
 
 _logger = logging.getLogger("optuna.quota.preemption")
 
-# What workload managers send before they kill; Windows has no SIGUSR1.
+# Sent by workload managers before SIGKILL; Windows has no SIGUSR1.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-# Seconds within which signals count as one: a job's may reach a process by several ways.
+# Seconds within which signals count as one: a process may get a job's signal several times.
 _ONE_SIGNAL = 0.1
-# Seconds between two requests to `optimize` to end: it forgets one that comes as it begins.
+# Seconds between requests to end `optimize`: it ignores one that comes while it starts.
 _REPEAT = 0.02
 
 
@@ -79,6 +84,7 @@ def preemptible(
 
     Raises:
         TypeError: If ``study`` is no study, but an objective, say.
+        ValueError: If one of ``signals`` can't be handled.
         RuntimeError: On entering the block, if this is not the main thread, the only one that
             gets signals.
     """
@@ -87,8 +93,21 @@ def preemptible(
             f"`study` must be a study but got {study!r}. Use `with preemptible(study):` around "
             "`study.optimize(objective)`."
         )
+    check_flags(requeue=requeue)
+    if not isinstance(signals, Iterable) or not all(map(_can_handle, signals)):
+        raise ValueError(
+            f"`signals` must be numbers of signals that can be handled but got {signals!r}."
+        )
     folder = None if checkpoints is None else Path(checkpoints)
     return _preemptible(study, tuple(signals), requeue, folder)
+
+
+def _can_handle(number: Any) -> bool:
+    return (
+        isinstance(number, int)
+        and number in signal.valid_signals()
+        and number not in (getattr(signal, "SIGKILL", None), getattr(signal, "SIGSTOP", None))
+    )
 
 
 @contextlib.contextmanager
@@ -188,7 +207,7 @@ class _Watcher:
         elif now - self._signalled > _ONE_SIGNAL:
             self._commands.put("kill")
             if _optuna.in_objective(frame):
-                # Nothing else ends a trial in this process that does not check.
+                # Nothing else stops a trial in this process that never checks its limits.
                 raise TrialPreempted(self._preemption.reason or "")
 
     def _run(self) -> None:
@@ -217,7 +236,7 @@ class _Optimize:
         self._folders = folders
 
     def __call__(self, func: Callable[[Trial], Any], *args: Any, **kwargs: Any) -> None:
-        """Optimize as the study's class does; do nothing once the worker is to end."""
+        """Call the study's own ``optimize``; do nothing once the worker is shutting down."""
         study, folders = self._study, self._folders
         if preemption_of(study).reason is not None:
             return
@@ -266,7 +285,8 @@ class _Checkpoints:
 
     def clear(self, study: Study, trial: FrozenTrial) -> None:
         """Delete the folder of a trial that does not run again; a callback of ``optimize``."""
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+        is_over = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        if is_over and not runs_again(study, trial):
             # By its number and not as the row says, which others may have written.
             shutil.rmtree(self._folder(trial), ignore_errors=True)
 

@@ -1,7 +1,7 @@
-"""Preemption: trials that have to end now are stored as failed and enqueued again.
+"""Preemption: trials are stopped, stored as failed and enqueued again.
 
-It is requested for a study when its worker gets a signal, and for a trial when a deadline is near.
-In process, a trial learns of it in ``should_prune`` or ``check``; an isolated one is stopped.
+A signal to the worker preempts all its trials, and so does a near deadline. Trials in process stop
+in ``should_prune`` or ``check``, isolated ones are stopped.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.trial_result import read_row, save_record
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._optuna import TellResult
-from optuna_quota._records import PREFIX, RETRY_OF, TrialRecord
+from optuna_quota._records import is_rejected, PREFIX, RETRY_OF, TrialRecord
 from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota.exceptions import TrialPreempted
 
 
 _logger = logging.getLogger("optuna.quota.preemption")
 
-# Before a deadline, a trial in this process is stopped so many seconds ahead, or this share of
-# the time that there was, if that is less: it is only asked to stop, and when is not known.
+# A trial in this process is asked to stop this many seconds before the deadline, or this share of
+# the whole time until the deadline, if that is less.
 _MARGIN = 5.0
 _SHARE = 0.1
 
 
 class Preemption:
-    """What ends the running trials of one study in this process."""
+    """Stops the running trials of one study in this process."""
 
     def __init__(self) -> None:
-        # Why all of them have to end, one sentence; None while they need not.
+        # One sentence; None while nothing was requested.
         self.reason: str | None = None
         self.requeue = True  # Whether they are enqueued again
-        # The signals that ask for it, which may reach the processes of the trials too.
+        # Signals that request it; they may reach the trials' processes too.
         self.signals: tuple[int, ...] = ()
-        # When all have to be done, in seconds since the epoch; None for any time.
+        # Seconds since the epoch, None without a deadline.
         self.deadline: float | None = None
-        self.deadline_of: object = None  # What has set it
+        self.deadline_of: object = None  # The object that set the deadline
         self._until_deadline = 0.0
         self._longest_grace: float | None = None
         self._stops: dict[int, Callable[[str], None]] = {}
@@ -63,12 +63,12 @@ class Preemption:
         self._until_deadline = max(0.0, (deadline or 0.0) - time.time())
 
     def forget_deadline(self) -> None:
-        """Let trials run that are not those of the sampler with the deadline."""
+        """Remove the deadline, for trials of another sampler."""
         self.deadline = self.deadline_of = None
 
     @property
     def margin(self) -> float:
-        """Seconds before the deadline from which on no trial runs undisturbed."""
+        """How many seconds before the deadline the first trial is stopped."""
         if self._longest_grace is None:
             return min(_MARGIN, _SHARE * self._until_deadline)
         return self._margin(self._longest_grace)
@@ -77,7 +77,7 @@ class Preemption:
         return min(grace_period, self._until_deadline / 2)
 
     def grace(self, grace_period: float) -> float:
-        """Return the grace period of a trial that is stopped now: it ends with the deadline."""
+        """Return the grace period of a trial that is stopped now, at most until the deadline."""
         if self.deadline is None:
             return grace_period
         return min(grace_period, max(0.0, self.deadline - time.time()))
@@ -88,7 +88,7 @@ class Preemption:
         return self.deadline is not None and time.time() >= self.deadline - self.margin
 
     def find_reason(self) -> str | None:
-        """Return why running trials have to end, None while they need not."""
+        """Return why running trials are stopped, None while they are not."""
         return self.reason or (self._deadline_reason() if self.is_late else None)
 
     def _deadline_reason(self) -> str:
@@ -128,7 +128,9 @@ class Preemption:
             stop(reason)
         elif self.deadline is not None:
             seconds = self.deadline - self._margin(grace_period) - time.time()
-            timer = threading.Timer(max(0.0, seconds), stop, [self._deadline_reason()])
+            # On Windows a thread waits for seven weeks at most.
+            wait = min(max(0.0, seconds), threading.TIMEOUT_MAX)
+            timer = threading.Timer(wait, stop, [self._deadline_reason()])
             timer.daemon = True
             timer.start()
         try:
@@ -145,7 +147,7 @@ _preemptions: WeakKeyDictionary[BaseStorage, dict[int, Preemption]] = WeakKeyDic
 
 
 def preemption_of(study: Study) -> Preemption:
-    """Return what ends the trials of a study in this process."""
+    """Return the preemption of a study's trials in this process."""
     studies = _preemptions.setdefault(_optuna.storage_of(study), {})
     return studies.setdefault(_optuna.study_id_of(study), Preemption())
 
@@ -156,7 +158,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def find_preemption(study: Study, trial: BaseTrial | FrozenTrial) -> TrialPreempted | None:
-    """Return the error that ends a running trial which has to run again, None for any other.
+    """Return the error that stops a running trial if it is preempted, else None.
 
     The trial is stored as failed and enqueued again when its objective has raised.
     """
@@ -164,7 +166,7 @@ def find_preemption(study: Study, trial: BaseTrial | FrozenTrial) -> TrialPreemp
     trial_id = _optuna.trial_id_of(trial)
     preemption, monitor = preemption_of(study), metering_loop().find(key_of(study, trial))
     if monitor is None or monitor.owner != "sampler":
-        # It was an earlier sampler's.
+        # Without a QuotaSampler, any deadline is that of an earlier sampler.
         preemption.forget_deadline()
     reason = preemption.find_reason()
     if reason is None:
@@ -177,7 +179,7 @@ def find_preemption(study: Study, trial: BaseTrial | FrozenTrial) -> TrialPreemp
 
 
 def end_as_preempted(study: Study, trial_id: int, reason: str) -> None:
-    """Have a trial stored as failed and enqueued again when it is told, unless it has a value."""
+    """Make ``tell`` store a trial as failed and enqueue it again, unless it has a value."""
     _optuna.replace_tell(
         study, trial_id, functools.partial(_tell_preempted, study, trial_id, reason)
     )
@@ -191,11 +193,11 @@ def _tell_preempted(
     value: Any,
     state: TrialState | None,
 ) -> TellResult:
-    """End a preempted trial in the place of ``tell``; ``optimize`` goes on to its end."""
+    """End a preempted trial instead of ``tell``; ``optimize`` continues and ends by itself."""
     preemption, storage = preemption_of(study), _optuna.storage_of(study)
     row = storage.get_trial(trial_id)
     if row.state.is_finished():
-        # Whatever finished it has enqueued it, if it is to run again.
+        # Who finished it also enqueued it, if it runs again.
         return TrialState.PRUNED, None, None
     if state is not None:
         record = TrialRecord(outcome="preempted", reason=reason, host=socket.gethostname())
@@ -222,7 +224,7 @@ def _tell_preempted(
 
 
 def enqueue_again(study: Study, row: FrozenTrial, why: str) -> None:
-    """Enqueue a trial again, once, and log why; one without parameters would be any trial."""
+    """Enqueue a trial again, once, and log why; not without parameters."""
     if not (row.params or _optuna.fixed_params_of(row)):
         return
     kept = {k: v for k, v in row.user_attrs.items() if not k.startswith(PREFIX)}
@@ -230,9 +232,18 @@ def enqueue_again(study: Study, row: FrozenTrial, why: str) -> None:
 
     def enqueue() -> None:
         # The attempt before may have been stored although its answer was lost.
-        trials = study.get_trials(deepcopy=False)
-        if not any(trial.user_attrs.get(RETRY_OF) == row.number for trial in trials):
+        if not _has_retry(study, row):
             _optuna.enqueue_retry(study, row, kept)
 
     retry(enqueue)
     _logger.info(f"Trial {row.number} {why} and is enqueued again.")
+
+
+def runs_again(study: Study, row: FrozenTrial) -> bool:
+    """Return whether a trial that ended as pruned was refused its start, and enqueued again."""
+    return is_rejected(row.user_attrs) and _has_retry(study, row)
+
+
+def _has_retry(study: Study, row: FrozenTrial) -> bool:
+    trials = study.get_trials(deepcopy=False)
+    return any(trial.user_attrs.get(RETRY_OF) == row.number for trial in trials)

@@ -1,4 +1,4 @@
-"""Stop a trial in this process that is over a limit: QuotaPruner, ``check``, and a signal."""
+"""Stop trials in this process that exceed a limit: QuotaPruner, ``check`` and a signal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,8 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement import nesting
 from optuna_quota._enforcement.active_trials import start_monitor
-from optuna_quota._enforcement.nesting import (
-    find_nested,
-    pruner_limits,
-    pruner_meters,
-    quota_pruners,
-)
 from optuna_quota._enforcement.preemption import find_preemption, preemption_of
 from optuna_quota._enforcement.study_warnings import raise_if_never_fits, warn_of_ceilings
 from optuna_quota._enforcement.trial_result import (
@@ -35,6 +30,7 @@ from optuna_quota._enforcement.trial_result import (
 from optuna_quota._limits import Limits
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop, TrialMonitor, Verdict
 from optuna_quota._records import is_rejected, parse_record, TrialRecord
+from optuna_quota._units import check_flags
 from optuna_quota._usage import Breach, breach_error
 from optuna_quota.exceptions import LimitBreached, QuotaError, TrialRejected
 
@@ -42,18 +38,18 @@ from optuna_quota.exceptions import LimitBreached, QuotaError, TrialRejected
 _logger = logging.getLogger("optuna.quota.interrupt")
 
 _OWNER = "pruner"
-# Records may take a twentieth of a trial's time: a storage on disk needs milliseconds for one.
+# Writing records takes at most a twentieth of a trial's time; one takes milliseconds on disk.
 _SHARE = 20
-# A memory this much higher than last recorded is recorded at once.
+# Memory that has grown by this factor since the last record is recorded at once.
 _GROWTH = 1.1
 # Seconds until the next attempt to interrupt when the signal came while Optuna's own code ran.
 _RETRY_AFTER = 0.005
 
 
 class UsageRecorder:
-    """Records the usage of running trials in their rows, seldom enough not to slow them.
+    """Records the usage of running trials in their rows, rarely enough not to slow them.
 
-    A pruner is not called when a trial ends: the row has what was recorded last.
+    A pruner is not called when a trial ends, so its row keeps the last record.
     """
 
     def __init__(self) -> None:
@@ -140,6 +136,7 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
             raise TypeError(
                 f"`limits` must be Limits but got {limits!r}.{_optuna.misplaced(limits)}"
             )
+        check_flags(interrupt=interrupt)
         self.base_pruner = base_pruner
         self.limits = limits
         self.interrupt = interrupt
@@ -182,12 +179,12 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
         monitor = metering_loop().find(key_of(study, trial))
         if monitor is None:
             pruner = _optuna.unwrap_study(study).pruner
-            pruners = quota_pruners(pruner if self._is_nested_in(pruner) else self)
-            limits = pruner_limits(pruners) or Limits()
+            pruners = nesting.quota_pruners(pruner if self._is_nested_in(pruner) else self)
+            limits = nesting.pruner_limits(pruners) or Limits()
             is_preemptible = bool(preemption_of(study).signals)
             warn_of_ceilings(study, limits, has_purpose=is_preemptible)
             monitor = start_monitor(
-                study, trial, _OWNER, limits=limits, meters=pruner_meters(pruners)
+                study, trial, _OWNER, limits=limits, meters=nesting.pruner_meters(pruners)
             )
             if trial.datetime_start is not None:
                 # Optuna's times are local and naive.
@@ -197,7 +194,7 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
 
     def _is_nested_in(self, pruner: BasePruner) -> bool:
         """Return whether another pruner holds this one and may overrule it."""
-        return pruner is not self and any(each is self for each in quota_pruners(pruner))
+        return pruner is not self and any(each is self for each in nesting.quota_pruners(pruner))
 
 
 def wrap_nesting_pruner(study: Study) -> None:
@@ -207,14 +204,14 @@ def wrap_nesting_pruner(study: Study) -> None:
     values to get worse. A breach must still end the trial.
     """
     pruner = study.pruner
-    nested = [] if isinstance(pruner, QuotaPruner) else find_nested(pruner, QuotaPruner)
+    nested = [] if isinstance(pruner, QuotaPruner) else nesting.find_nested(pruner, QuotaPruner)
     if not nested:
         return
     outer = QuotaPruner(
         pruner,
-        limits=pruner_limits(nested),
+        limits=nesting.pruner_limits(nested),
         interrupt=any(each.interrupt for each in nested),
-        meters=pruner_meters(nested),
+        meters=nesting.pruner_meters(nested),
     )
     # Each trial is recorded once, by the one that is called first.
     for each in nested:
@@ -235,7 +232,7 @@ class _QuotaHyperbandPruner(QuotaPruner, _optuna.HyperbandInterface):
 
 
 def check(trial: BaseTrial) -> None:
-    """Raise when a trial is over one of its limits, or must not run at all.
+    """Raise an error if a trial exceeds one of its limits or must not run.
 
     For objectives that cannot call ``trial.should_prune()``: multi-objective studies,
     ask-and-tell, and objectives that report nothing.
@@ -260,6 +257,7 @@ def check(trial: BaseTrial) -> None:
         LimitBreached: If the trial is over a limit, or over what is left of a quota.
         TrialPreempted: If it has to end now, and runs again later.
         TrialRejected: If the trial was rejected.
+        TypeError: If ``trial`` is no trial, but a study, say.
         ValueError: If this process held more than the memory limit before the study's first trial.
     """
     error = _find_error(trial)
@@ -268,7 +266,7 @@ def check(trial: BaseTrial) -> None:
 
 
 def _find_error(trial: BaseTrial) -> Exception | None:
-    """Return what to raise for a trial, None when it may go on."""
+    """Return the error to raise for a trial, None if it may continue."""
     ask_study = getattr(type(trial), "_quota_check", None)
     if ask_study is not None:
         # The trial runs in its own process, and the study's process monitors it.
@@ -281,12 +279,14 @@ def _find_error(trial: BaseTrial) -> Exception | None:
         return _find_common_error(trial)
     study = getattr(trial, "study", None)
     if study is None:
+        if not isinstance(trial, BaseTrial) and not hasattr(trial, "suggest_float"):
+            raise TypeError(f"`trial` must be an Optuna trial but got {trial!r}.")
         return None
     if is_rejected(trial.user_attrs):
         return rejection_error(trial.user_attrs)
     monitor = metering_loop().find(key_of(study, trial))
     if monitor is None:
-        pruners = quota_pruners(study.pruner)
+        pruners = nesting.quota_pruners(study.pruner)
         monitor = pruners[0].watch_trial(study, trial) if pruners else None
     return _find_stop(study, trial, monitor)
 
@@ -294,7 +294,7 @@ def _find_error(trial: BaseTrial) -> Exception | None:
 def _find_stop(
     study: Study, trial: BaseTrial | FrozenTrial, monitor: TrialMonitor | None
 ) -> LimitBreached | None:
-    """Return the error for a trial that has to stop, which is recorded; None if it may go on."""
+    """Return and record the error of a trial that has to stop, None if it may continue."""
     breach = None if monitor is None else record_breach(monitor)
     if monitor is None or breach is None:
         return find_preemption(study, trial)
@@ -304,10 +304,10 @@ def _find_stop(
 
 
 def _unwrap(trial: BaseTrial) -> BaseTrial:
-    """Return the running or distributed trial that a wrapper holds, else the trial itself."""
+    """Return the trial inside a wrapper, or the trial itself."""
     if isinstance(trial, Trial):
         return trial
-    nested: list[Any] = find_nested(trial, BaseTrial)
+    nested: list[Any] = nesting.find_nested(trial, BaseTrial)
     running = (t for t in nested if isinstance(t, Trial) or _optuna.is_distributed(t))
     return next(running, trial)
 
@@ -322,7 +322,7 @@ def _find_common_error(trial: BaseTrial) -> Exception | None:
     def find() -> Exception | None:
         nonlocal own
         try:
-            own = next(map(_find_error, find_nested(trial, Trial)), None)
+            own = next(map(_find_error, nesting.find_nested(trial, Trial)), None)
         except Exception as error:  # noqa: BLE001 - it is raised below, in all processes
             own = error
         # What is sent to the others must be picklable.
@@ -363,7 +363,10 @@ class Interrupter:
     def arm(cls, monitor: TrialMonitor) -> Interrupter | None:
         """Return one that is active, None outside the main thread and without the signal."""
         if not hasattr(signal, "SIGURG"):
-            _logger.warning("Trials can't be interrupted on this system: it has no SIGURG.")
+            _logger.warning(
+                "`interrupt=True` has no effect on this system, which lacks SIGURG: trials are "
+                "stopped only where they call `trial.should_prune()` or `check(trial)`."
+            )
             return None
         if threading.current_thread() is not threading.main_thread():
             return None

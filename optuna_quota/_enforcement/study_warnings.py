@@ -1,7 +1,7 @@
-"""What the log says once about a study, and what to do: ceilings that don't hold, or can't.
+"""Warnings about a study's limits and quotas that can't be enforced or were exceeded.
 
-Each topic is logged once for each study in a process, whichever thread, trial or ``Study`` object
-meets it first. What can never work is an error instead.
+Each topic is logged once for each study in a process. A limit that no trial can ever meet is an
+error instead.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import threading
 
 from optuna import TrialPruned
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.nesting import find_nested, pruner_limits, quota_pruners
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Key, metering_loop, TrialMonitor, Verdict
 from optuna_quota._metering.host import cpu_count, host_memory_limit
+from optuna_quota._metering.meter import forget_warnings
 from optuna_quota._metering.visible_gpus import total_memory
-from optuna_quota._metering.warn import forget_warnings
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
 from optuna_quota._storage_retry import retry
@@ -34,25 +34,33 @@ from optuna_quota._usage import Breach
 
 _logger = logging.getLogger("optuna.quota.enforcement")
 
-# A trial was noticed late when it ended with more than this share of its limit, and for limits on
-# time so many seconds, beyond it; of what was left of a quota, than this share of the whole.
+# A breach was noticed late if the trial exceeded its limit by more than this share, and a limit on
+# time by this many seconds; of the rest of a quota, by this share of the whole quota.
 _LATE_SHARE = 0.1
 _LATE_SECONDS = 1.0
-# Memory held before a trial is told from this share of its limit on, and growth from trial to
-# trial from the smaller one on.
+# Memory held before a trial is reported from this share of its limit on, and growth from trial to
+# trial from the smaller share on.
 _HELD_SHARE = 0.5
 _GROWN_SHARE = 0.1
 
+# Bytes; torch itself keeps less, such as the workspaces of cuBLAS.
+_NOTICEABLE_ON_GPU = 256 * 2**20
+
 _ISOLATED = "`isolated(objective)`"
+_STOPPED_ANYWHERE = f"{_ISOLATED} stops it at any moment."
 _WHERE_STOPPED = (
     "In process, a trial is stopped only where it calls `trial.should_prune()` or "
-    f"`optuna_quota.check(trial)`; {_ISOLATED} stops it at any moment."
+    f"`optuna_quota.check(trial)`; {_STOPPED_ANYWHERE}"
+)
+_WHERE_STOPPED_UNPRUNED = (
+    "In process, a trial of a study without a QuotaPruner is stopped only where it calls "
+    f"`optuna_quota.check(trial)`, not by `trial.should_prune()`; {_STOPPED_ANYWHERE}"
 )
 
 
 @dataclass
 class _Known:
-    """What this process knows of one study: the topics logged, and its first trial here."""
+    """Topics logged for one study in this process, and its first trial here."""
 
     topics: set[str] = field(default_factory=set)
     first: Key | None = None
@@ -69,13 +77,13 @@ def _known(study: Study) -> _Known:
     with _lock:
         if key not in _studies:
             _studies[key] = _Known()
-            # What is logged once in a process about the machine concerns this study as well.
+            # Warnings about this machine, logged once in a process, concern this study too.
             forget_warnings()
         return _studies[key]
 
 
-def _is_new(study: Study, *topics: str) -> bool:
-    """Return whether any of these topics is new for a study in this process; note them."""
+def note_topics(study: Study, *topics: str) -> bool:
+    """Note topics of a study; return whether any of them is new in this process."""
     known = _known(study)
     with _lock:
         is_new = not known.topics.issuperset(topics)
@@ -85,7 +93,7 @@ def _is_new(study: Study, *topics: str) -> bool:
 
 def warn_once(study: Study, topic: str, message: str) -> None:
     """Log a warning unless one on this topic was logged for the study in this process."""
-    if _is_new(study, topic):
+    if note_topics(study, topic):
         _logger.warning(message)
 
 
@@ -93,13 +101,13 @@ def warn_once(study: Study, topic: str, message: str) -> None:
 
 
 def warn_of_ceilings(
-    study: Study, limits: Limits, quota: Quota | None = None, *, has_purpose: bool = False
+    study: Study, limits: Limits, quota: Quota | None = None, *, has_purpose: bool
 ) -> None:
-    """Warn of ceilings above what the machine has or the quota allows, and of none at all.
+    """Warn of limits above what the machine has or the quota allows, and if there are none.
 
-    ``has_purpose`` says that a sampler or pruner without ceilings has another reason.
+    ``has_purpose`` is whether a sampler or pruner without limits serves something else.
     """
-    if not _is_new(study, "ceilings"):
+    if not note_topics(study, "ceilings"):
         return
     if not limits and not quota:
         if not has_purpose:
@@ -129,7 +137,7 @@ def warn_of_unapplied(study: Study, limits: Limits) -> None:
 
 
 def read_machine(limits: Limits, quota: Quota | None) -> dict[str, float]:
-    """Return what this machine has of the resources that are limited, as far as it is known."""
+    """Return what this machine has of each limited resource, where known."""
     reads: Mapping[str, Callable[[], float | None]] = {
         "memory": host_memory_limit,
         "cpu_cores": cpu_count,
@@ -143,7 +151,7 @@ def read_machine(limits: Limits, quota: Quota | None) -> dict[str, float]:
 def describe_ceilings(
     limits: Limits, quota: Quota | None, machine: Mapping[str, float]
 ) -> list[str]:
-    """Return a sentence for each ceiling above another one, or above what the machine has."""
+    """Return a sentence for each limit or quota that can't take effect."""
     amounts = limits.amounts()
     of_quota = {} if quota is None else quota.amounts()
     found = []
@@ -187,13 +195,13 @@ def raise_if_never_fits(study: Study, monitor: TrialMonitor) -> None:
         assert monitor.held is not None
         error = never_fits(ceiling.limit, monitor.held, quota=ceiling.quota)
         monitor.verdict = Verdict("failed", str(error))
-        # What another message covers is not logged.
-        _is_new(study, "never", "late", "held", "grown")
+        # Covered by another message.
+        note_topics(study, "never", "late", "held", "grown")
         raise error
 
 
 def _began_over(study: Study, monitor: TrialMonitor, limit: float) -> bool:
-    """Return whether the first trial began over a limit, and what it began with is still there."""
+    """Return whether this process was over the limit before the first trial, and still is."""
     is_first = monitor.isolation == "thread" and _known(study).first == monitor.key
     return is_first and (monitor.held or 0.0) > limit and (_memory_now() or 0.0) > limit
 
@@ -206,7 +214,7 @@ def _memory_now() -> float | None:
 
 
 def never_fits(limit: float, held: float, *, quota: bool, isolated: bool = False) -> ValueError:
-    """Return the error for a memory limit below what a trial takes that does nothing."""
+    """Return the error for a memory limit below what an empty trial needs."""
     if isolated:
         what = "a trial takes {} before its objective begins"
         cure = "Raise it, or import less and give the objective less data to carry."
@@ -229,9 +237,9 @@ def report_end(
     record: TrialRecord,
     error: BaseException | None,
 ) -> None:
-    """Give the log the reason of a terminated trial, and warn of what its end shows.
+    """Log the reason of a terminated trial, and warn if its limit was not enforced in time.
 
-    Its metering is closed. Optuna logs what the objective raised after this.
+    To be called after its metering is closed, and before Optuna logs the objective's error.
     """
     if record.outcome == "terminated" and record.reason:
         if isinstance(error, TrialPruned):
@@ -242,13 +250,16 @@ def report_end(
     if monitor.isolation not in ("thread", "shared"):
         return
     _warn_of_held(study, number, monitor)
+    _warn_of_held_on_gpu(study, number, monitor)
     if (breach := record.breach) is not None:
         used = monitor.usage().get(breach.resource) or breach.observed
         completed = record.outcome == "completed"
         quota = monitor.most.get(breach.resource, breach.limit)
         late = _describe_late(number, breach, used, quota=quota, completed=completed)
         if late is not None:
-            warn_once(study, "late", f"{late} {_WHERE_STOPPED}")
+            has_pruner = bool(quota_pruners(study.pruner))
+            where = _WHERE_STOPPED if has_pruner else _WHERE_STOPPED_UNPRUNED
+            warn_once(study, "late", f"{late} {where}")
 
 
 def _describe_late(
@@ -276,7 +287,7 @@ def _warn_of_held(study: Study, number: int, monitor: TrialMonitor) -> None:
     if held < _HELD_SHARE * limit:
         return
     if _began_over(study, monitor, limit):
-        _is_new(study, "late", "held", "grown")
+        note_topics(study, "late", "held", "grown")
         warn_once(study, "never", str(never_fits(limit, held, quota=ceiling.quota)))
         return
     known = _known(study)
@@ -302,6 +313,20 @@ def _warn_of_held(study: Study, number: int, monitor: TrialMonitor) -> None:
         )
 
 
+def _warn_of_held_on_gpu(study: Study, number: int, monitor: TrialMonitor) -> None:
+    ceiling, held = monitor.hard_ceilings.get("gpu_memory"), monitor.held_on_gpu
+    if ceiling is None or held < _NOTICEABLE_ON_GPU:
+        return
+    size, most = (format_amount("gpu_memory", amount) for amount in (held, ceiling.limit))
+    warn_once(
+        study,
+        "held on a GPU",
+        f"Before trial {number} began tensors of this process held {size} of GPU memory. In "
+        f"process that counts toward the {most} that a trial may use. Delete them, or use "
+        f"{_ISOLATED}, which counts what the trial itself holds.",
+    )
+
+
 def _after_tell(study: Study, trial_id: int) -> None:
     storage = _optuna.storage_of(study)
     monitor = metering_loop().find((_optuna.number_of(storage), trial_id))
@@ -318,34 +343,38 @@ def _after_tell(study: Study, trial_id: int) -> None:
         study.sampler, _optuna.StudyPart
     ):
         return
-    topics, row = _known(study).topics, None
-    if monitor is None and "replaced" not in topics and _optuna.was_created_with_sampler(study):
-        row = storage.get_trial(trial_id)
+    topics, limits = _known(study).topics, pruner_limits(quota_pruners(study.pruner))
+    may_be_replaced = monitor is None and "replaced" not in topics
+    is_replaced = may_be_replaced and _optuna.was_created_with_sampler(study)
+    if not is_replaced and (not limits or "unmeasured" in topics):
+        return
+    row = storage.get_trial(trial_id)
+    if is_replaced:
         if _records.RESERVATION in row.system_attrs:
-            # A trial of the QuotaSampler, told through another `Study`.
+            # A trial of the QuotaSampler, but `tell` was called on another `Study`.
             return
         warn_once(
             study,
             "replaced",
-            f"Trial {row.number} was sampled by {type(study.sampler).__name__}, which something "
-            "has put in the place of the study's QuotaSampler, as LightGBMTuner does. The quota "
-            "does not bind such trials, and they are not measured. Write the search as an "
-            "objective for `study.optimize`, which keeps the sampler.",
+            f"Trial {row.number} was sampled by {type(study.sampler).__name__}, which has "
+            "replaced the study's QuotaSampler, as with LightGBMTuner. Such trials are neither "
+            "measured nor limited by the quota. Write the search as an objective for "
+            "`study.optimize`, which keeps the sampler.",
         )
-    limits = pruner_limits(quota_pruners(study.pruner))
-    if not limits or "unmeasured" in topics:
-        return
-    row = row or storage.get_trial(trial_id)
-    if row.state != TrialState.COMPLETE:
-        return
+    if limits and row.state == TrialState.COMPLETE:
+        _warn_of_unmeasured(study, row, limits)
+
+
+def _warn_of_unmeasured(study: Study, row: FrozenTrial, limits: Limits) -> None:
     if _records.read_record(row).isolation is not None:
-        _is_new(study, "unmeasured")
+        note_topics(study, "unmeasured")
         return
-    # The objective never gave the pruner's limits a chance to hold.
+    # The objective never called the pruner.
     warn_once(
         study,
         "unmeasured",
-        f"Trial {row.number} completed without a look at its limits, {limits!r}. {_WHERE_STOPPED}",
+        f"Trial {row.number} completed without a check of its limits, {limits!r}. "
+        f"{_WHERE_STOPPED}",
     )
 
 
@@ -353,7 +382,7 @@ def _listen(study: Study, trial_id: int) -> None:
     try:
         _after_tell(_optuna.unwrap_study(study), trial_id)
     except Exception as error:  # noqa: BLE001 - any backend's own; the result is stored already
-        _logger.debug(f"The end of the trial with id {trial_id} was not looked at: {error!r}.")
+        _logger.debug(f"The end of the trial with id {trial_id} was not checked: {error!r}.")
 
 
 _optuna.on_tell(_listen)

@@ -1,4 +1,4 @@
-"""The result of a trial: its outcome and reason, and writing them into its row before it ends."""
+"""The result of a trial: classify its outcome and write it into the row before it is finished."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def classify_end(
     """Return the outcome, reason and breach of a trial that ends in a state.
 
     A trial that was stopped for a breach is ``terminated``, whatever its objective did next, with
-    one exception: where it caught the stop and returned a value, Optuna has a completed trial.
-    The breach that was measured counts too: a trial may end before anything could act on it.
+    one exception: if it caught the stop and returned a value, the trial is completed. A breach
+    that was measured counts too, even if the trial ended before it was stopped.
     """
     stop: tuple[Outcome, str] | None = None
     if verdict is not None:
@@ -69,7 +69,7 @@ def classify_end(
         return TrialRecord(outcome=ended, reason=end, breach=breach)
     outcome, reason = stop
     if state == TrialState.FAIL and outcome in ("terminated", "rejected", "pruned"):
-        # The objective was stopped, and failed while it ended.
+        # The objective was stopped, and raised another error while it ended.
         reason = f"{reason} {end}"
         outcome = "failed" if outcome == "pruned" else outcome
     return TrialRecord(outcome=outcome, reason=reason, breach=breach)
@@ -114,19 +114,21 @@ def record_result(
     limits: Limits | None = None,
     footprint: Mapping[str, Interval] | None = None,
     expected: Mapping[str, float] | None = None,
-    error: BaseException | None = None,
+    error: BaseException | None,
     tell_call: TellCall | None = None,
+    of_rejected: Callable[[Usage], Mapping[str, Any]] = lambda usage: {},
 ) -> TrialRecord:
     """Close a trial's metering and write its record and constraints into its row.
 
     Call it before the row is finished; a second call for the same trial writes nothing. A storage
     error is logged and not raised, so that the trial's value is not lost. The row may have
-    constraints of others, which are kept. ``expected`` is the usage of a trial that did not run.
+    constraints of others, which are kept. ``expected`` is the usage of a trial that was rejected,
+    ``of_rejected`` returns system attributes for what it had used by then.
     """
     if monitor is None:
         before = _records.read_record(trial)
         if before.outcome is not None and before.outcome in _OUTCOMES_OF.get(state, ()):
-            # `tell` again after its state could not be stored: the first call had the metering.
+            # A second `tell`, as the state could not be stored: the first closed the metering.
             return before
     usage = Usage() if monitor is None else monitor.close()
     record = build_record(
@@ -139,15 +141,17 @@ def record_result(
     if limits is None:
         limits = Limits() if monitor is None else monitor.limits
     amounts: Mapping[str, float] = usage.amounts()
+    system: dict[str, Any] = {}
     if record.outcome == "rejected":
-        # It did not run: samplers should learn from what it would have used.
+        # Samplers learn from the usage expected at its point, which did not run. What the
+        # objective used before it drew the refused parameter is charged to the quota.
         record, amounts = replace(record, usage=Usage()), expected or {}
+        system.update(of_rejected(usage))
     own = limit_constraints(limits, amounts, record.breach)
-    system: Mapping[str, Any] = {}
     if _shows_constraints(study, state, own):
-        system = constraint_attributes(trial.system_attrs, own)
+        system.update(constraint_attributes(trial.system_attrs, own))
     elif own and state == TrialState.COMPLETE:
-        system = _optuna.feasible_attributes(trial.system_attrs)
+        system.update(_optuna.feasible_attributes(trial.system_attrs))
     save_record(study, trial, record, system)
     if monitor is not None:
         report_end(study, trial.number, monitor, record, error)
@@ -157,8 +161,8 @@ def record_result(
 def _shows_constraints(study: Study, state: TrialState, own: Mapping[str, float]) -> bool:
     """Return whether to write the constraints of a trial's limits into its row.
 
-    One that completed over a limit has them, so that it is not taken for the best trial, unless
-    that would break the study's sampler.
+    A trial that completed over a limit gets them, so that it can't be the best trial, unless the
+    study's sampler would fail.
     """
     if state != TrialState.COMPLETE:
         return state == TrialState.PRUNED and bool(own)
@@ -167,7 +171,7 @@ def _shows_constraints(study: Study, state: TrialState, own: Mapping[str, float]
 
 
 def read_row(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
-    """Return a trial's row as stored, or as Optuna has it in memory where it can't be read."""
+    """Return a trial's row from the storage, or Optuna's copy in memory if that fails."""
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     try:
         return storage.get_trial(trial_id)
@@ -205,8 +209,8 @@ def save_record(
 ) -> None:
     """Write a record and system attributes into a row; log what the storage refuses.
 
-    If the write fails, each attribute is written by itself, so that a value that the storage
-    never takes does not cost the others.
+    If that fails, each attribute is written by itself, so that one refused value does not lose
+    the others.
     """
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     user = _records.record_attributes(record)
@@ -220,12 +224,12 @@ def save_record(
             lost = _records.write_one_by_one(storage, trial_id, user=user, system=system)
         if lost:
             _logger.warning(
-                f"Trial {trial.number}: could not record {', '.join(lost)}: {error!r}."
+                f"Trial {trial.number}: the storage could not record {', '.join(lost)}: {error!r}."
             )
 
 
 def record_rejection(study: Study, trial: FrozenTrial, reason: str) -> TrialRecord:
-    """Write into a trial's row, and this object that Optuna keeps of it, why it was rejected."""
+    """Write why a trial was rejected into its row, and into Optuna's object of the trial."""
     record = TrialRecord(outcome="rejected", reason=reason, host=socket.gethostname())
     attributes = _records.record_attributes(record)
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
@@ -240,7 +244,7 @@ def record_ignored_rejection(study: Study, trial: FrozenTrial) -> None:
     save_record(study, trial, TrialRecord(outcome="rejected", reason=reason))
 
 
-# The constraint of an unknown usage: neither within the limit nor over it.
+# The constraint for an unknown usage.
 NEUTRAL = 0.0
 
 
@@ -249,7 +253,7 @@ def limit_constraints(
 ) -> dict[str, float]:
     """Return observed / limit - 1 for each limited resource, sorted by the resource's name.
 
-    What is missing in the amounts used is neutral; a breach that was forecast counts as observed.
+    A missing amount gives 0; a forecast breach counts as observed.
     """
     observed = dict(amounts)
     if breach is not None and not breach.quota:
@@ -281,10 +285,9 @@ def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float])
 def uniform_constraints(trials: Sequence[FrozenTrial], limits: Limits) -> list[dict[str, float]]:
     """Return constraints with the same keys in the same order for each completed trial.
 
-    First those that the user set on any of the trials; one that a trial does not have is neutral.
-    Then one for each limit that is in force now, whatever was in force when the trial ran. A usage
-    that is unknown counts as the median of those known, but not as a breach, so that it does not
-    bend a model's fit to the others.
+    First those that the user set on any of the trials, 0 for trials without them. Then one for
+    each limit in force now, whatever was in force when the trial ran. An unknown usage counts as
+    the median of the known ones, but not as a breach, so that it does not distort a model.
     """
     theirs = [_user_constraints(trial) for trial in trials]
     names = list(dict.fromkeys(name for each in theirs for name in each))

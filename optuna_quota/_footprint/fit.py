@@ -1,25 +1,26 @@
 """Fits a model for each resource; wall time may be CPU or GPU time multiplied by a ratio.
 
-Clock time is noisy where a machine is shared, CPU time hardly, and their ratio depends on far
-less. So ``log wall = log cpu + log(wall / cpu)``, each part a model of its own, learns from few
-trials what a model of clock time alone would need many for. A trial that was stopped bounds its
-CPU time from below, and its ratio is still a value. Times drift with the machine's load, see
-``gaussian_process.py``.
+Clock time is noisy on a shared machine, CPU time hardly, and their ratio depends on few
+hyperparameters. So ``log wall = log cpu + log(wall / cpu)``, with a model for each part, needs
+fewer trials than a model of clock time alone. If a trial was stopped, its CPU time is a lower
+bound, but its ratio is a value. Times drift with the machine's load, see ``gaussian_process.py``,
+and are learned beside memory, see ``resource_model.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from optuna_quota._footprint.gaussian_process import NOISE
 from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.predictive import Predictive
 from optuna_quota._footprint.resource_model import (
     fit_resource,
     FLOORS,
-    Predictive,
     refresh_resource,
     ResourceData,
     ResourceModel,
@@ -29,6 +30,8 @@ from optuna_quota._resources import get_resource
 
 _CHAINED = "wall_time"
 _BASES = ("cpu_time", "gpu_time")
+# Times are learned together with this peak; the ratio of two times does not gain by it.
+_PEAK = "memory"
 _MIN_TRIALS_TO_CHAIN = 6
 _MIN_TRIALS_TO_DECIDE = 4
 # Leave-one-out densities of few trials are noisy: prefer a chain unless it is clearly worse.
@@ -39,6 +42,8 @@ _CHAIN_MARGIN = 3.0
 # yet would be likelier, but bounds would not hold.
 _PEAK_NOISE = -3.5
 _RATIO_NOISE = -1.0
+# Trials without correlation that a correlation is estimated with.
+_UNCORRELATED = 4.0
 # Clock time is too noisy to tell a floor from a short trial.
 _NO_FLOOR = (0.0,)
 
@@ -63,7 +68,8 @@ class ChainedModel:
         median = np.maximum(base.quantile(0.5), 1e-300)
         # To first order, a change of the part above the floor moves the logarithm by its share.
         share = np.minimum(np.exp(base.center) / median, 1.0)
-        spread = np.hypot(share * base.spread, ratio.spread)
+        own = share * base.spread
+        spread = np.sqrt(own**2 + ratio.spread**2 + 2 * self.correlation * own * ratio.spread)
         center = np.log(median) + ratio.center
         return Predictive(0.0, center, spread, min(base.df, ratio.df))
 
@@ -72,13 +78,26 @@ class ChainedModel:
         """True where a trial's usage of the base resource is a lower bound."""
         return self.base.censored
 
+    @cached_property
+    def correlation(self) -> float:
+        """Correlation of the residuals of base and ratio: a busy machine may raise both."""
+        base, ratio = (
+            (residual / deviation)[~self.censored]
+            for residual, deviation in (self.base.leave_one_out(), self.ratio.leave_one_out())
+        )
+        certain = len(base) / (len(base) + _UNCORRELATED)
+        size = float(np.sum(base**2) * np.sum(ratio**2)) ** 0.5
+        return float(certain * np.sum(base * ratio) / max(size, 1e-12))
+
     def log_leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
         base, ratio = self.base.log_leave_one_out(), self.ratio.log_leave_one_out()
-        return base[0] + ratio[0], base[1] + ratio[1]
+        both = 2 * self.correlation * np.sqrt(base[1]) * np.sqrt(ratio[1])
+        return base[0] + ratio[0], base[1] + ratio[1] + both
 
     def draw(
         self, columns: np.ndarray, count: int, generator: np.random.Generator, ahead: int = 1
     ) -> np.ndarray:
+        # Independently: intervals of totals hold often enough without the correlation.
         base = self.base.draw(columns, count, generator, ahead)
         return np.asarray(base * self.ratio.draw(columns, count, generator, ahead))
 
@@ -89,7 +108,7 @@ Model = ResourceModel | ChainedModel
 def leave_one_out_density(model: Model, counted: np.ndarray | None = None) -> float:
     """Return the leave-one-out log density of the logarithms of a model's trials.
 
-    Those that are ``counted``; by default those that are not lower bounds.
+    Over the ``counted`` trials; by default those that are not lower bounds.
     """
     residual, variance = model.log_leave_one_out()
     counted = ~model.censored if counted is None else counted
@@ -102,6 +121,7 @@ def fit_resource_models(
     observations: Sequence[Observation],
     start: Mapping[str, Model],
     refit: bool,
+    slopes: np.ndarray,
 ) -> dict[str, Model]:
     """Return the model of each resource that was measured in any trial.
 
@@ -110,13 +130,19 @@ def fit_resource_models(
         observations: One a trial.
         start: Models of fewer trials to start from, over the same columns.
         refit: False to keep their hyperparameters where possible.
+        slopes: Expected effect of each column on a time, in deviations of its logarithm.
     """
     names = sorted({name for each in observations for name in each.usage.amounts()})
-    measured = {name: _Measured.of(name, columns, observations) for name in names}
-    models: dict[str, Model] = {
+    measured = {name: _Measured.of(name, columns, observations, slopes) for name in names}
+    models: dict[str, Model] = {}
+    if _PEAK in measured:
+        models[_PEAK] = peak = measured[_PEAK].fit(start.get(_PEAK), refit)
+        if peak.is_predictable:
+            measured = {n: each.beside(measured[_PEAK], peak) for n, each in measured.items()}
+    models |= {
         name: each.fit(start.get(name), refit)
         for name, each in measured.items()
-        if name != _CHAINED
+        if name not in (_PEAK, _CHAINED)
     }
     if _CHAINED in measured:
         models[_CHAINED] = _fit_chained(measured, models, start.get(_CHAINED), refit)
@@ -138,7 +164,13 @@ class _Measured:
     data: ResourceData
 
     @classmethod
-    def of(cls, name: str, columns: np.ndarray, observations: Sequence[Observation]) -> _Measured:
+    def of(
+        cls,
+        name: str,
+        columns: np.ndarray,
+        observations: Sequence[Observation],
+        slopes: np.ndarray,
+    ) -> _Measured:
         known = np.array([each.usage.get(name) is not None for each in observations])
         rows = [each for each, is_known in zip(observations, known, strict=True) if is_known]
         is_peak = get_resource(name).peak
@@ -150,8 +182,17 @@ class _Measured:
             floors=_NO_FLOOR if name == _CHAINED else FLOORS,
             noise=_RATIO_NOISE if name == _CHAINED else _PEAK_NOISE if is_peak else NOISE,
             drifts=not is_peak,
+            # Peaks did not gain by them.
+            slopes=None if is_peak or rows[0].is_ratio else slopes,
         )
         return cls(known, np.array([name in each.maybe_censored for each in rows]), data)
+
+    def beside(self, other: _Measured, peak: ResourceModel) -> _Measured:
+        """Return a time with the peak as one more column, if it is known for all trials."""
+        is_time = self.data.slopes is not None
+        if not is_time or not np.array_equal(self.known, other.known):
+            return self
+        return replace(self, data=replace(self.data, peak=peak))
 
     def fit(self, start: Model | None, refit: bool) -> ResourceModel:
         """Return the model; a refit decides whether peaks of stopped trials are values."""
@@ -164,13 +205,13 @@ class _Measured:
             return fit_or_refresh(bounds if earlier.data.bounded_peaks else data, earlier, refit)
         values = fit_or_refresh(data, earlier, refit)
         bounded = fit_or_refresh(bounds, values, refit)
-        # The better one predicts the trials that ran to their end better.
+        # The better one is that which predicts completed trials better.
         if leave_one_out_density(bounded, observed) > leave_one_out_density(values, observed):
             return bounded
         return values
 
     def over(self, base: _Measured) -> ResourceData | None:
-        """Return the ratio to a base, None unless both were measured of the same trials."""
+        """Return the ratio to a base, None unless both were measured in the same trials."""
         own, other = self.data, base.data
         if not np.array_equal(self.known, base.known) or other.amounts.min() <= 0:
             return None

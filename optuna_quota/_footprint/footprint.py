@@ -6,45 +6,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
 import threading
-from typing import Any, Protocol, TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial
 
-from optuna_quota._footprint import serialization
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.fit import ChainedModel, fit_resource_models, Model
 from optuna_quota._footprint.observations import (
+    dump_json,
+    load_json,
     MAX_OBSERVATIONS,
     Observation,
     read_observation,
     select_observations,
 )
-from optuna_quota._footprint.resource_model import Predictive, ResourceModel
+from optuna_quota._footprint.predictive import Predictive
+from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._limits import Limits
 from optuna_quota._records import Interval, ISOLATION
 from optuna_quota._resources import get_resource
-from optuna_quota._table import float_frame
+from optuna_quota._table import DataFrame, float_frame
+from optuna_quota._units import check_confidence
 
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.trial import FrozenTrial
-    from pandas import DataFrame
-
-
-# Refresh the model when the new trials come to this share of those in it, and search its
-# hyperparameters again at the larger share: so the cost per trial falls as the study grows. While
-# there are few trials, each one counts.
+# The model is refreshed when the number of trials has grown by this share, and its hyperparameters
+# are fitted again at the larger share, so that the cost per trial falls as the study grows. With
+# few trials, each one refreshes it.
 _REFRESH_SHARE = 0.1
 _SEARCH_SHARE = 0.25
 _FEW = 8
 # A trial whose usage was outside of its projected interval counts as this many.
 _SURPRISE_WEIGHT = 5.0
-# The study's own trials take the place of an earlier study's.
+# The study's own trials replace those of an earlier study.
 _MAX_TRANSFERRED = 60
-# A parameter that is 1 for trials of the earlier study and missing for all others: how much faster
-# or larger the other machine was is learned as the effect of one more parameter.
+# A parameter that is 1 for trials of the earlier study and missing for all others: the difference
+# between the machines is learned as the effect of this parameter.
 _TRANSFERRED = "quota:earlier"
 
 
@@ -93,7 +91,7 @@ class BaseFootprint(Protocol):
 
 @dataclass(frozen=True)
 class Contents:
-    """The parts of a footprint: what the models see, their trials, the model of each resource."""
+    """The parts of a footprint: the features, the trials, and the model of each resource."""
 
     features: Features
     observations: tuple[Observation, ...]
@@ -146,30 +144,29 @@ class Footprint(BaseFootprint):
         Raises:
             ValueError: If ``confidence`` is not above 0.5 and below 1.
         """
-        if not 0.5 < confidence < 1:
-            raise ValueError(f"`confidence` must be above 0.5 and below 1 but got {confidence!r}.")
+        check_confidence(confidence)
         rows = select_observations(rows)
         features = Features.of([row.distributions for row in rows])
         columns = features.encode([row.params for row in rows])
         known = start.contents if start is not None else None
         models = known.models if known is not None and known.features == features else {}
-        models = fit_resource_models(columns, rows, models, refit)
+        models = fit_resource_models(columns, rows, models, refit, features.slopes)
         return cls(Contents(features, tuple(rows), models, confidence))
 
     @classmethod
     def from_json(cls, text: str) -> Footprint:
-        """Return the footprint that :meth:`to_json` wrote, fitted anew to the same trials.
+        """Return the footprint that :meth:`to_json` wrote, fitted again to the same trials.
 
         Raises:
             ValueError: If the text is no footprint, of an unknown version, or damaged.
         """
-        rows, confidence = serialization.load(text)
+        rows, confidence = load_json(text)
         return cls.fit(rows, confidence=confidence)
 
     def to_json(self) -> str:
         """Return the trials that the footprint was fitted to as versioned JSON text."""
         found = self._contents
-        return serialization.dump(found.features, found.observations, found.confidence)
+        return dump_json(found.features, found.observations, found.confidence)
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -215,7 +212,7 @@ class Footprint(BaseFootprint):
             else:
                 found[name] = model.predict(columns)
         if len(points) == 1:
-            # The same point is asked for when it is admitted and when its row is written.
+            # The same point is predicted when it is admitted and when its row is written.
             self._last = (dict(points[0]), found)
         return found
 
@@ -224,9 +221,9 @@ class Footprint(BaseFootprint):
     ) -> dict[str, np.ndarray]:
         """Return joint draws of each resource at points, shape ``(count, n_points)``.
 
-        The models' uncertainty is drawn once for all points of a draw, so that sums keep it. A
-        machine that has become slower is so in the next trials and hardly in those long after:
-        its speed is the mean over the next ``ahead`` trials.
+        The models' uncertainty is drawn once for all points of a draw, so that it does not cancel
+        out in sums. A drift of the machine's speed affects the next trials and fades later: the
+        speed is the mean over the next ``ahead`` trials.
         """
         columns = self._contents.features.encode(points)
         # Times share their random numbers, since they rise and fall together.
@@ -250,13 +247,13 @@ def joint_breach(breaches: Mapping[str, float]) -> float:
 
 
 class Learner:
-    """Fits a footprint to the trials of one study as they finish, reading each once.
+    """Fits a footprint to the trials of one study as they finish.
 
-    It starts from ``prior``, the footprint of an earlier study.
+    Starts from ``prior``, the footprint of an earlier study, if given.
 
     Attributes:
         observations: This study's trials with known usage, oldest first.
-        isolated: Whether the newest trial ran in a process of its own.
+        isolated: Whether the newest trial that ran did so in a process of its own.
         n_uncensored: Number of this study's trials that completed without any lower bound.
     """
 
@@ -286,7 +283,7 @@ class Learner:
 
     @property
     def space(self) -> Mapping[str, BaseDistribution]:
-        """The newest distribution of each parameter that any of these trials had."""
+        """The newest distribution of each parameter."""
         return dict(self._space)
 
     def varying(self, count: int) -> frozenset[str]:
@@ -295,7 +292,7 @@ class Learner:
         return frozenset(name for name, index in dict(self._changed).items() if index > first)
 
     def learn(self, trials: Sequence[FrozenTrial], *, fresh: bool = False) -> Footprint | None:
-        """Return the footprint after all trials, None while nothing is known.
+        """Return the footprint learned from all trials, None without any.
 
         Args:
             trials: All trials of the study by number, as ``study.get_trials(deepcopy=False)``.
@@ -311,11 +308,14 @@ class Learner:
         unread = [*self._unfinished, *range(self._n_read, len(trials))]
         self._n_read, self._unfinished = max(self._n_read, len(trials)), []
         for index in unread:
-            # Another thread may have come here first with newer rows.
+            # Another thread may have been faster, with newer rows.
             if index >= len(trials) or not trials[index].state.is_finished():
                 self._unfinished.append(index)
                 continue
-            self.isolated = trials[index].user_attrs.get(ISOLATION) == "process"
+            isolation = trials[index].user_attrs.get(ISOLATION)
+            if isolation is not None:
+                # Rejected trials did not run.
+                self.isolated = isolation == "process"
             found = read_observation(trials[index])
             if found is not None:
                 for name, each in found.distributions.items():
@@ -334,7 +334,7 @@ class Learner:
         search = n < _FEW or self._new_since_search > _SEARCH_SHARE * self._n_searched
         if search:
             self._n_searched, self._new_since_search = n, 0.0
-        # Before the fit, so that one that fails is not tried again with every trial.
+        # Before the fit, so that a failing fit is not repeated with each trial.
         self._n_fitted, self._new_since_fit = n, 0.0
         return Footprint.fit(
             rows, confidence=self._confidence, start=self._footprint, refit=search
@@ -351,7 +351,7 @@ class Learner:
 def transferred_observations(footprint: Footprint) -> list[Observation]:
     """Return the trials of an earlier study's footprint, marked as such.
 
-    Whether peaks of its stopped trials are lower bounds stays as its models decided.
+    Peaks of its stopped trials are values or lower bounds as its models decided.
     """
     contents = footprint.contents
     space = {**contents.features.distributions(), _TRANSFERRED: FloatDistribution(0.0, 1.0)}

@@ -1,10 +1,10 @@
-"""The storages that a training step holds, as operations on fake tensors return and free them."""
+"""Tracks the tensor storages of a training step, through operations on fake tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 import itertools
-from typing import Any, TYPE_CHECKING
+from typing import Any, Literal, TYPE_CHECKING
 import weakref
 
 
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 # gates in the forward pass, and what the backward pass touches.
 _RNN_GATES = 4
 _RNN_BACKWARD = 15
-# OneDNN copies what a convolution takes and gives into blocks of so many channels.
+# The same for cuDNN, kept for the backward pass; up to twice as much in layers under 200 units.
+_CUDNN_GATES = 8
+# OneDNN copies inputs and outputs of a convolution into blocks of this many channels.
 _CHANNELS = 16
 _IMAGE_CHANNELS = (1, 3)
 
 
-def held_storages(*, onednn: bool) -> Any:
-    """Return a mode that counts the bytes of the storages that operations return, as they live.
+def held_storages(kernels: Literal["onednn", "cudnn"] | None) -> Any:
+    """Return a mode that counts the bytes of live storages returned by operations.
 
     Args:
-        onednn: Whether operations take what they do on a CPU with oneDNN in addition.
+        kernels: The library whose kernels allocate temporary memory: oneDNN on a CPU, cuDNN on a
+            GPU.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,12 +40,14 @@ def held_storages(*, onednn: bool) -> Any:
         aten.convolution.default,
         aten.convolution_backward.default,
     )
+    products = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
     onednn_types = (torch.float32, torch.bfloat16)
 
     class HeldStorages(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
             self.now = self.peak = 0.0
+            self.multiplies = False  # Whether matrices are multiplied
             # Serial numbers and sizes of storages, and with size 0 when they are freed.
             self.calls: list[tuple[int, int]] = []
             self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
@@ -52,13 +57,21 @@ def held_storages(*, onednn: bool) -> Any:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             result = func(*args, **(kwargs or {}))
+            self.multiplies |= func in products
             if func is rnn:
-                self._add(result[3].untyped_storage(), _RNN_GATES * size_of(result[0]))
-            elif func is rnn_backward:
+                gates = _CUDNN_GATES if kernels == "cudnn" else _RNN_GATES
+                self._add(result[3].untyped_storage(), gates * size_of(result[0]))
+            elif func is rnn_backward and kernels == "onednn":
                 empty = [x for x in args if isinstance(x, torch.Tensor) and x.numel() == 0]
                 sizes = (self._known.get(id(x.untyped_storage()), (0,))[0] for x in empty)
                 self._work(max(sizes, default=0) * (_RNN_BACKWARD - _RNN_GATES) // _RNN_GATES)
-            elif func is convolution and onednn:
+            elif func is convolution and kernels == "cudnn":
+                # Copies in the layout that tensor cores need, in one block; where cuDNN chooses
+                # another algorithm, it takes up to sixteen times as much.
+                self._work(args[0].nbytes + result.nbytes, then=result)
+            elif func is convolution_backward and kernels == "cudnn":
+                self._work(args[0].nbytes + 2 * args[1].nbytes)
+            elif func is convolution and kernels == "onednn":
                 inputs, weight = args[:2]
                 if inputs.dtype not in onednn_types:
                     self._work(_columns(weight, result, *args[5:7]), then=result)
@@ -66,7 +79,7 @@ def held_storages(*, onednn: bool) -> Any:
                     self._work(inputs.nbytes, weight.nbytes, result.nbytes, then=result)
                 else:
                     self._work(_read(inputs), weight.nbytes, _blocked(result), then=result)
-            elif func is convolution_backward and onednn:
+            elif func is convolution_backward and kernels == "onednn":
                 gradient, inputs, weight = args[:3]
                 taken, given = _read(inputs), _blocked(gradient)
                 if args[7]:  # transposed
@@ -84,7 +97,7 @@ def held_storages(*, onednn: bool) -> Any:
             return result
 
         def _work(self, *sizes: int, then: Any = ()) -> None:
-            """Take blocks and free them, the last one once ``then`` is added."""
+            """Allocate temporary blocks and free them, the last one after ``then`` is added."""
             blocks = [(next(self._serials), size) for size in sizes]
             self.calls += blocks
             self.peak = max(self.peak, self.now + sum(sizes))
@@ -122,6 +135,41 @@ def held_storages(*, onednn: bool) -> Any:
     return HeldStorages()
 
 
+def kernels_of_cuda() -> Any:
+    """Return a mode in which dropout and attention keep for the backward pass what CUDA's keep.
+
+    Dropout keeps one byte for each element. Attention keeps its inputs and output, not the weights
+    of each pair of positions, as on a CPU without dropout.
+    """
+    import torch
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        return torch.native_dropout(x, p, True)[0] if training and p else x
+
+    # Position and name of the argument that is the probability of dropout.
+    attention = {
+        functional.scaled_dot_product_attention: (4, "dropout_p"),
+        functional.multi_head_attention_forward: (10, "dropout_p"),
+    }
+
+    class KernelsOfCuda(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if func is functional.dropout and not kwargs.get("inplace"):
+                return dropout(*args, **kwargs)
+            if func in attention and not kwargs.get("need_weights"):
+                index, name = attention[func]
+                args = (*args[:index], *((0.0,) if args[index:] else ()), *args[index + 1 :])
+                kwargs |= {name: 0.0} if name in kwargs else {}
+            return func(*args, **kwargs)
+
+    return KernelsOfCuda()
+
+
 def _blocked(tensor: Tensor) -> int:
     """Return the bytes of a copy in oneDNN's blocks of channels."""
     size, channels = int(tensor.nbytes), int(tensor.shape[1])
@@ -129,7 +177,7 @@ def _blocked(tensor: Tensor) -> int:
 
 
 def _read(tensor: Tensor) -> int:
-    """Return the bytes of the copy that a convolution reads: of images there is none."""
+    """Return the bytes of a convolution's copy of its input; images are not copied."""
     return 0 if tensor.shape[1] in _IMAGE_CHANNELS else _blocked(tensor)
 
 

@@ -1,9 +1,9 @@
 """Dense linear algebra in one thread.
 
-Where the processors are busy with trials, waiting for BLAS's threads takes a hundred times as long
-as a matrix of a few hundred rows, and where they are not, the threads spin for milliseconds after
-each call. So products are cut into pieces below the size (of m·n·k) at which OpenBLAS starts
-threads, and covariances are factored by blocks of the size up to which LAPACK starts none.
+While trials keep the processors busy, waiting for BLAS's threads takes a hundred times as long as
+computing with a matrix of a few hundred rows; otherwise the threads spin for milliseconds after
+each call. So products are divided into pieces below the size (m·n·k) at which OpenBLAS starts
+threads, and matrices are factored in blocks of the size up to which LAPACK starts none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 _SINGLE_THREADED = 200_000
 _LEAST_ROWS = 16
 _BLOCK = 100
+_SOLVED_BLOCK = 64  # by LU factors
 
 
 def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -68,6 +69,23 @@ def invert(covariance: np.ndarray) -> tuple[np.ndarray, float]:
             matrix = covariance + jitter * np.eye(len(covariance))
         else:
             return product(root.T, root), 2 * float(np.log(factor.diagonal()).sum())
+
+
+def solve(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return the solution of a square system for each column.
+
+    Raises:
+        numpy.linalg.LinAlgError: If a block on the diagonal is singular.
+    """
+    half = len(matrix) // 2
+    if len(matrix) <= _SOLVED_BLOCK:
+        return np.asarray(np.linalg.solve(matrix, columns))
+    beside = np.hstack([matrix[:half, half:], columns[:half]])
+    first = solve(matrix[:half, :half], beside)
+    rest = np.hstack([matrix[half:, half:], columns[half:]]) - product(matrix[half:, :half], first)
+    size = len(matrix) - half
+    last = solve(rest[:, :size], rest[:, size:])
+    return np.concatenate([first[:, size:] - product(first[:, :size], last), last])
 
 
 def orthonormal(columns: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Points of a search space: by quantile, completions of partial ones, and the next trials'."""
+"""Points of a search space: by quantile, completions of partial points, and future points."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optuna_quota._footprint.observations import Observation
 
 
 _MAX_COMPLETIONS = 16
-# Share of an adaptive sampler's points that are still spread over the whole space.
+# Share of an adaptive sampler's points that are spread over the whole space.
 _UNIFORM_SHARE = 0.3
 _N_RECENT = 20
 # Standard deviation around a recent point, as a share of each parameter's range.
@@ -102,17 +102,17 @@ def position_of(distribution: BaseDistribution, value: Any) -> float:
     return float((value - found.low) / (found.high - found.low))
 
 
-def spaced_values(distribution: BaseDistribution, count: int = 9) -> list[Any]:
-    """Return evenly spaced values of a distribution, or all its choices."""
+def spaced_values(distribution: BaseDistribution) -> list[Any]:
+    """Return nine evenly spaced values of a distribution, or all its choices."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    return [value_at(distribution, i / (count - 1)) for i in range(count)]
+    return [value_at(distribution, i / 8) for i in range(9)]
 
 
 def likely_completions(
     known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """Return complete points that a partial one may become, itself if nothing is missing.
+    """Return likely completions of a partial point; the point itself if it is complete.
 
     A conditional parameter exists only with certain choices, so the missing parameters are those
     of earlier trials with the same choices, the newest (last of ``past``) first.
@@ -124,7 +124,7 @@ def likely_completions(
 def certain_completions(
     known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """Return complete points that a partial one may become, none if that is uncertain.
+    """Return all completions of a partial point, none if uncertain.
 
     Stricter than :func:`likely_completions`: a point is complete if a completed trial had the same
     parameters and choices. An integer counts as a choice if it always went with the same
@@ -150,28 +150,26 @@ def _completions(
     for params in alike:
         point = {**params, **known}
         found.append(point)
-        # The next ones tell nothing if this trial had no other parameters.
+        # Later parameters don't matter if this trial had no others.
         if len(point) == len(known) or len(found) >= _MAX_COMPLETIONS:
             break
     return found
 
 
 def _integer_choices(known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the integers that may decide which parameters there are.
+    """Return the integers that may decide which other parameters exist.
 
-    One that had two values with the same parameters does not.
+    An integer with two values for the same parameters does not.
     """
-    values: dict[tuple[str, frozenset[str]], set[Any]] = {}
+    integers = [n for n, v in known.items() if isinstance(v, int) and not isinstance(v, bool)]
+    values: dict[tuple[str, frozenset[str]], set[str]] = {}
     for params in past:
         names = frozenset(params)
-        for name in known.keys() & names:
-            values.setdefault((name, names), set()).add(params[name])
+        for name in names.intersection(integers):
+            # A choice may not be hashable.
+            values.setdefault((name, names), set()).add(repr(params[name]))
     free = {name for (name, _), seen in values.items() if len(seen) > 1}
-    return [
-        name
-        for name, value in known.items()
-        if isinstance(value, int) and not isinstance(value, bool) and name not in free
-    ]
+    return [name for name in integers if name not in free]
 
 
 def _same_choices(known: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
@@ -187,14 +185,14 @@ def simulate_future_points(
 ) -> list[Mapping[str, Any]]:
     """Return a sample of the points of the next trials.
 
-    Its size is never ``n_trials``: a projection would take it for the exact points.
+    Its size is never ``n_trials``, as a projection would run each point exactly once.
     """
     count = _N_POINTS + (n_trials == _N_POINTS)
     return draw_future_points(observations, count, adaptive=adaptive)
 
 
 def draw_future_points(
-    observations: Sequence[Observation], count: int, *, adaptive: bool, seed: int = 0
+    observations: Sequence[Observation], count: int, *, adaptive: bool
 ) -> list[Mapping[str, Any]]:
     """Return points such as a sampler will draw.
 
@@ -202,11 +200,11 @@ def draw_future_points(
     depend on: an ``adaptive`` sampler stays around its newest points (last of the observations),
     others draw from the whole range, the choices first.
     """
-    generator = np.random.default_rng([seed, 5])
+    generator = np.random.default_rng([0, 5])
     recent = observations[-_N_RECENT:]
     names = sorted({name for row in observations for name in row.distributions})
     branches = _Branches(observations)
-    # Evenly spread, so that the most expensive corner comes as often as it should.
+    # Evenly spread, so that the most expensive corner is drawn as often as expected.
     places = latin_hypercube(count, len(names) + 2, generator)
     points = []
     for place in places:
@@ -219,7 +217,7 @@ def draw_future_points(
 
 
 class _Branches:
-    """A tree of the choices that conditional parameters depend on; rows share those decided."""
+    """A tree of the choices that conditional parameters depend on."""
 
     def __init__(self, rows: Sequence[Observation], decided: frozenset[str] = frozenset()) -> None:
         self._rows = rows

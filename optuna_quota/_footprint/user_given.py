@@ -1,8 +1,8 @@
 """Footprints that a user states, as a constant or a function, and their calibration on trials.
 
-A formula knows the cost of regions where no trial has been, and is often off by a factor: another
-machine, a library's own memory. So ``log(used / stated)`` is learned as a footprint of its own;
-where a resource is predicted better without the formula, the formula is not used.
+A formula knows the cost of regions without trials, but is often wrong by a factor: another
+machine, a library's own memory. So ``log(used / stated)`` is learned as a footprint of its own; if
+a resource is predicted better without the formula, the formula is not used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import pickle
 from statistics import median
 import time
+import traceback
 from typing import Any
 
 import cloudpickle
@@ -23,7 +24,7 @@ import numpy as np
 from optuna_quota._footprint.fit import leave_one_out_density
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.resource_model import Predictive
+from optuna_quota._footprint.predictive import Predictive
 from optuna_quota._limits import Limits
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._records import Interval
@@ -31,34 +32,35 @@ from optuna_quota._usage import Usage, usage_from_amounts
 
 
 _logger = logging.getLogger("optuna.quota.footprint")
-# As log density: few trials compare the two badly, and the user's formula has the benefit of the
-# doubt.
+# As log density, in favour of the user's formula: few trials can hardly compare the two.
 _FORMULA_MARGIN = 3.0
-# A call of a user's function, as long as none was timed.
+# Assumed for a call of a user's function before one was timed.
 _UNKNOWN_SECONDS = 0.01
 _PICKLE = "cloudpickle"
-# Answers of a function that are kept: one takes about a kilobyte.
+# Cached answers of a function; one takes about a kilobyte.
 _MOST_KNOWN = 10_000
-# Seconds after which a point that failed is asked again: a service may have been away.
+# Seconds after which a failed point is computed again: a service may have been down.
 _FAILURE_LASTS = 10.0
-# Calls that show how long the next one takes; the first may import a library.
+# Number of latest calls that predict the next one's duration; the first may import a library.
 _N_TIMED = 3
 
 
 class AskedOnce:
-    """A user's function from params to a usage, asked once for each point.
+    """A user's function from params to a usage, called once for each point.
 
-    It remembers failures only for a while.
+    Failures are cached only for a short time.
     """
 
     def __init__(self, function: Callable[[Mapping[str, Any]], Usage]) -> None:
         self._function = function
         self._known: dict[Hashable, tuple[Any, float]] = {}
         self._times: list[float] = []
+        # Where it failed last, for a message: cached failures have no traceback.
+        self.failed_at = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the answers out of a copy, which may run on another machine."""
-        return {"_function": self._function, "_known": {}, "_times": []}
+        """Exclude cached answers from a copy, which may run on another machine."""
+        return {"_function": self._function, "_known": {}, "_times": [], "failed_at": ""}
 
     def __call__(self, params: Mapping[str, Any]) -> Any:
         """Return what the function returns, or raise what it raised, for these parameters."""
@@ -79,13 +81,15 @@ class AskedOnce:
         try:
             return self._function(dict(params))
         except Exception as error:  # noqa: BLE001 - the user's own, raised to who asks
+            for frame in traceback.extract_tb(error.__traceback__)[1:2]:
+                self.failed_at = f" in {frame.filename}, line {frame.lineno}"
             return error
         finally:
             self._times = [*self._times[1 - _N_TIMED :], time.perf_counter() - started]
 
     @property
     def seconds(self) -> float | None:
-        """How long the next call is likely to take; None before there were some."""
+        """How long the next call is likely to take; None before the first calls."""
         return median(self._times) if len(self._times) == _N_TIMED else None
 
 
@@ -107,7 +111,7 @@ class UnknownFootprintError(KeyError):
 
 
 class UserFootprint(BaseFootprint):
-    """A footprint without uncertainty: a constant, or a function, asked once for each point.
+    """A footprint without uncertainty: a constant, or a function called once for each point.
 
     Args:
         usage: A :class:`~optuna_quota.Usage`, or a function from params to one.
@@ -125,7 +129,7 @@ class UserFootprint(BaseFootprint):
 
     @property
     def points(self) -> Sequence[Mapping[str, Any]]:
-        """Any point will do for a constant; none is known for a function."""
+        """One arbitrary point for a constant, none for a function."""
         return ({},) if isinstance(self.usage, Usage) else ()
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
@@ -164,17 +168,22 @@ class UserFootprint(BaseFootprint):
     def _call(self, function: AskedOnce, params: Mapping[str, Any]) -> Any:
         try:
             return function(params)
-        except (AttributeError, LookupError, TypeError) as error:
-            # What a function does with a missing parameter.
+        except Exception as error:
             if not self._lenient:
                 raise
+            # Errors of a function when a parameter is missing; others end the study.
+            is_missing = isinstance(error, (AttributeError, LookupError, TypeError))
             warned, self._warned = self._warned, True
-            message = f"`footprint` failed for the point {dict(params)!r}: {error!r}."
+            message = f"`footprint` failed for the point {dict(params)!r}: {error!r}"
+            message += f"{function.failed_at}."
             if not warned:
-                _logger.warning(
-                    f"{message} Points for which it fails run without being judged by it; "
-                    "further failures are not reported."
+                effect = (
+                    " Points for which it fails run without being judged by it; further failures "
+                    "are not reported."
                 )
+                _logger.warning(message + effect * is_missing)
+            if not is_missing:
+                raise
             raise UnknownFootprintError(message) from error
 
     def __repr__(self) -> str:
@@ -184,10 +193,10 @@ class UserFootprint(BaseFootprint):
 def count_within(
     footprint: BaseFootprint, seconds: float, points: Sequence[Mapping[str, Any]] = ()
 ) -> float:
-    """Return the number of points whose usage can be computed in a time.
+    """Return the number of points whose usage can be computed in a given time.
 
-    Infinite for all but functions of a user. The first of ``points`` are computed if nothing shows
-    yet how long that takes.
+    Infinite unless the footprint is a user's function. The first of ``points`` are computed if no
+    call was timed yet.
     """
     stated = footprint.stated if isinstance(footprint, CalibratedFootprint) else footprint
     if not isinstance(stated, UserFootprint) or stated.function is None:
@@ -219,10 +228,10 @@ def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
 
 
 def by_value(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with a user's function so that plain pickle takes it, as Ray Tune needs.
+    """Return a state whose user's function plain pickle can handle, as Ray Tune needs.
 
-    It goes by name where that can be done, and stays as it is where nothing can pickle it: a copy
-    within the process needs no pickle.
+    The function goes by name if possible, and unchanged if nothing can pickle it: a copy within
+    the process needs no pickle.
     """
     try:
         pickle.dumps(state["footprint"])
@@ -233,13 +242,13 @@ def by_value(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_value(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of which :func:`by_value` made this one."""
+    """Undo :func:`by_value`."""
     found: dict[str, Any] = cloudpickle.loads(state[_PICKLE]) if _PICKLE in state else state
     return found
 
 
 class FootprintCalibrator:
-    """Calibrates a user's footprint as a study goes on."""
+    """Calibrates a user's footprint on the trials of a study."""
 
     def __init__(self, stated: UserFootprint) -> None:
         self._stated = stated
@@ -251,10 +260,10 @@ class FootprintCalibrator:
     ) -> CalibratedFootprint:
         """Return the footprint calibrated on a study's trials.
 
-        It is fitted again only if ``learned``, the footprint without the user's, is another.
+        Fitted again only if ``learned``, the footprint learned without the user's, has changed.
         """
         if self._ratios is None or learned is not self._learned:
-            # Other trials may have ended before all parameters of the function were drawn.
+            # Other trials may lack parameters of the function.
             complete = {frozenset(each.params) for each in observations if each.is_complete}
             whole = (each for each in observations if frozenset(each.params) in complete)
             ratios = [found for each in whole if (found := _ratio(each, self._stated)) is not None]
@@ -264,9 +273,9 @@ class FootprintCalibrator:
 
 
 class CalibratedFootprint(BaseFootprint):
-    """A user's footprint times ``ratios``, the learned usage of trials as a multiple of it.
+    """A user's footprint times ``ratios``, the learned multiples of it that trials used.
 
-    Where a resource is predicted better without it, that is ``learned``, which doesn't know it.
+    Resources that are predicted better without it have the ``learned`` footprint instead.
     """
 
     def __init__(self, stated: UserFootprint, ratios: Footprint, learned: Footprint) -> None:
@@ -343,6 +352,7 @@ def _ratio(observation: Observation, stated: UserFootprint) -> Observation | Non
         maybe_censored=observation.maybe_censored & ratios.keys(),
         partial=observation.partial & ratios.keys(),
         projected={},
+        is_ratio=True,
     )
 
 

@@ -1,9 +1,9 @@
 """Messages between the processes of an isolated trial: pickles over a stream socket.
 
-Exceptions among them keep their type, causes and traceback. Pickling alone drops the traceback and
-fails for many exceptions. The text that multiprocessing attaches as a cause hides the real one,
-and has no source lines of a notebook's cells, which only the study's process knows. So the
-position of each frame is sent, and rebuilt as a real traceback.
+Exceptions keep their type, causes and traceback. Pickling alone drops the traceback and fails for
+many exceptions. multiprocessing attaches the traceback as text, which hides the real cause and
+lacks source lines of notebook cells, known only in the study's process. So the position of each
+frame is sent, and rebuilt as a real traceback.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 
 _HEADER = struct.Struct("!Q")
 _CHUNK = 1 << 16
-# What one message of a socket can carry, see unix(7).
+# The most descriptors in one message, see unix(7).
 _MAX_DESCRIPTORS = 253
 # Seconds for a supervisor that has reported, or was killed, to end.
 _EXIT_TIME = 10.0
 
 
 def dumps(message: Any) -> bytes:
-    """Return a pickle, with what the standard pickler refuses by value."""
+    """Return a pickle; objects that the standard pickler refuses are pickled by cloudpickle."""
     try:
         return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
@@ -49,7 +49,7 @@ class UnreadableMessage(TypeError):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the class that it looked up last, for an error that does not name it."""
+    """Remembers the last class that it looked up, for errors that don't name it."""
 
     found = ""
 
@@ -72,15 +72,17 @@ def _load_message(data: memoryview) -> Any:
 class Channel:
     """Sends and receives whole messages.
 
-    A signal handler may raise out of :meth:`receive` at any time. Bytes are kept in a buffer, so
-    that the next call continues where this one was cut off. All methods that receive raise
-    EOFError when the other side is gone or begins with another ``key``, those that send OSError.
+    A signal handler may raise inside :meth:`receive`. Bytes are kept in a buffer, so that the next
+    call continues there. All methods that receive raise EOFError if the other side is gone or
+    begins with another ``key``; those that send raise OSError.
     """
 
     def __init__(self, sock: socket.socket, key: bytes = b"") -> None:
         self._sock = sock
         self._buffer = bytearray()
         self._awaited_key = key
+        # Whether the last message was sent incompletely, so that later ones can't be read.
+        self.is_cut_off = False
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -91,11 +93,13 @@ class Channel:
     def send(self, message: Any) -> None:
         data = dumps(message)
         header = _HEADER.pack(len(data))
+        self.is_cut_off = True
         if len(data) < _CHUNK:
             self._sock.sendall(header + data)
         else:
             self._sock.sendall(header)
             self._sock.sendall(data)
+        self.is_cut_off = False
 
     def send_raw(self, data: memoryview) -> None:
         self._sock.sendall(data)
@@ -112,8 +116,8 @@ class Channel:
     def arrived(self) -> Iterator[Any]:
         """Yield the whole messages that have arrived, once the socket is readable.
 
-        One that can't be loaded comes as an :class:`UnreadableMessage`. Never waits for the rest
-        of a message: its sender may be stopped, or dead, with the connection open elsewhere.
+        A message that can't be loaded becomes an :class:`UnreadableMessage`. Never waits for the
+        rest of a message: its sender may be stopped, or dead with the connection open elsewhere.
         """
         if not self.pending():  # left by an interrupt
             self._read()
@@ -121,7 +125,7 @@ class Channel:
             yield _load_message(self._take())
 
     def receive_raw(self, into: memoryview) -> None:
-        """Fill a buffer with bytes that were sent as they are."""
+        """Fill a buffer with raw bytes."""
         size = min(len(self._buffer), len(into))
         into[:size] = memoryview(self._buffer)[:size]
         del self._buffer[:size]
@@ -132,7 +136,7 @@ class Channel:
             size += count
 
     def receive_descriptors(self) -> list[int]:
-        """Return the files that were sent, waiting for them; fewer if too many are open here."""
+        """Wait for descriptors and return them; fewer if too many files are open here."""
         data, handles, _, _ = socket.recv_fds(self._sock, 1, _MAX_DESCRIPTORS)
         if not data:
             raise EOFError("The other process closed the connection.")
@@ -161,7 +165,7 @@ class Channel:
         return _HEADER.size + size
 
     def _take(self) -> memoryview:
-        # By far most often the only one; and of a large objective there is no second copy.
+        # Mostly the only message; a large objective is not copied a second time.
         size = self._size()
         if len(self._buffer) == size:
             whole, self._buffer = self._buffer, bytearray()
@@ -193,7 +197,7 @@ def channel_pair() -> tuple[Channel, Channel]:
 class TrialConnections:
     """The connections of the study's process to a trial and its supervisor.
 
-    ``supervisor`` is the latter's pid where it is this process's own child.
+    ``supervisor`` is the supervisor's pid if it is a child of this process.
     """
 
     channel: Channel
@@ -205,7 +209,7 @@ class TrialConnections:
         self.control.close()
 
     def close(self) -> None:
-        """Close the connections, which kills whatever is left; wait for the supervisor."""
+        """Close the connections, which kills remaining processes; wait for the supervisor."""
         self.disconnect()
         pid, self.supervisor = self.supervisor, None
         if pid is not None:
@@ -235,11 +239,11 @@ Frame = tuple[str, str, str, Position]
 class SentError:
     """An exception in a form that can be sent."""
 
-    # The exception's pickle, which loads at least where it was made; empty without one
+    # The exception's pickle, which loads at least in its own process; empty without one
     data: bytes
-    # The nearest class that every process can load, for one that can't load the pickle
+    # The nearest class that every process can load, if the pickle can't be loaded
     base: type[BaseException]
-    text: str  # The exception in words, for the same case
+    text: str  # The exception as text, for the same case
     frames: tuple[Frame, ...]  # Its traceback, outermost first
     cause: SentError | None = None
     context: SentError | None = None
@@ -297,10 +301,10 @@ def _dump(error: BaseException) -> bytes:
 
 
 class _WithoutCall:
-    """Pickles as an exception whose `__init__` can't be called with its ``args``.
+    """Pickles an exception whose `__init__` can't be called with its ``args``.
 
-    Of arguments that can't be pickled, exceptions are taken likewise, and others replaced by
-    their `repr`; attributes are left out.
+    Exceptions among its arguments are treated likewise, other arguments that can't be pickled are
+    replaced by their `repr`; attributes are left out.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -351,7 +355,7 @@ def _frames(traceback: TracebackType | None) -> list[Frame]:
     while traceback is not None:
         code = traceback.tb_frame.f_code
         module = str(traceback.tb_frame.f_globals.get("__name__", ""))
-        # The frames above the objective are this package's, of no use to a user.
+        # The frames above the objective belong to this package and are left out.
         if frames or not module.startswith(_PACKAGE):
             name = getattr(code, "co_qualname", code.co_name)
             frames.append((code.co_filename, name, module, _position(traceback)))
@@ -371,9 +375,9 @@ def _position(traceback: TracebackType) -> Position:
 
 
 def _stub_frame(frame: Frame) -> tuple[FrameType, int]:
-    """Return a frame that stands at the position of another one, and its instruction.
+    """Return a frame at the given position, and its instruction.
 
-    Frames can only be made by running code, so a statement is run that raises at that position.
+    Frames can only be created by running code, so a statement is run that raises at that position.
     """
     file, function, module, position = frame
     tree = ast.parse("raise LookupError")

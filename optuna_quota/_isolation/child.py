@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import contextlib
 from dataclasses import replace
 import faulthandler
@@ -25,28 +25,34 @@ import weakref
 from optuna_quota._isolation import linux, memory_limits, messages
 from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_error
 from optuna_quota._isolation.cores import confine
-from optuna_quota._isolation.environment import enter_context, seed
-from optuna_quota._isolation.generators import find_generators, vary_generators
+from optuna_quota._isolation.environment import enter_context
+from optuna_quota._isolation.log_libraries import forward_loguru
+from optuna_quota._isolation.lost_changes import changed_variables, read_variables
+from optuna_quota._isolation.modules import LateImports
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
 from optuna_quota._isolation.output import (
     apply_output_settings,
     apply_to_new_modules,
     flush_streams,
 )
-from optuna_quota._isolation.pickling import inherited_descriptors, load_objective, receive_buffers
+from optuna_quota._isolation.payload import Received
+from optuna_quota._isolation.random_generators import (
+    find_generators,
+    seed_global_generators,
+    vary_generators,
+)
+from optuna_quota._isolation.reducers import inherited_descriptors
 from optuna_quota._isolation.rpc import MEASURE, RemoteTrial, RpcClient, TRIAL
 from optuna_quota._isolation.signals import PoliteStop, restore_signals
 
 
-# Seconds that idle threads of executors get to end; one that waits for something else never does.
-_THREADS_TIME = 0.5
 _FILES = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}
-# The least and the most seconds that exit handlers get.
+# Bounds of the seconds that threads left by the objective get to end, and then exit handlers.
 _EXIT_TIMES = (1.0, 5.0)
 
 
 def main(handle: int | None) -> None:
-    """Run a trial's process; without a descriptor, standard input describes the connection."""
+    """Run a trial's process; without a descriptor, read the connection from standard input."""
     if handle is None:
         sock = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]
     else:
@@ -63,8 +69,8 @@ def run_child(
 ) -> int:
     """Run one trial from the start message to the end; return the exit code.
 
-    ``link`` leads to the supervisor, if there is one; ``crash_file`` takes Python's traceback when
-    the process dies of a signal. Without what is ``inherited``, the start message is received.
+    ``link`` connects to the supervisor, if there is one; faulthandler writes to ``crash_file``
+    when a signal kills the process. Unless ``inherited``, the start message is received.
     """
     own = os.getpid()
     stop = PoliteStop(link)
@@ -77,30 +83,48 @@ def run_child(
         start = channel.receive() if inherited is None else inherited.start
         grace_period = start.grace_period
         calls.use(start.address)
-        buffers = receive_buffers(channel, start.buffers)
+        sent = None if start.objective is None else Received(channel, start.objective)
         if crash_file is not None:
             faulthandler.enable(crash_file)
             linux.enlarge_signal_stack()
-        objective = _prepare(start, buffers, inherited, calls)
+        objective = _prepare(start, sent, inherited, calls)
         ready = messages.Ready(
             os.getpid(),
             supervisor=None if link is None else os.getppid(),
             data_limit=_set_limits(start, stop),
             waits=link is not None and memory_limits.may_exceed(start.limits.get("memory")),
+            memory=None if link is None else memory_limits.own_memory(),
         )
         if link is not None:
             link.send(pickle.dumps(ready))
             if ready.waits:
                 stop.wait_to_begin()
         calls.notify(ready)
+        # Of a fork server, which may load them for the trials after this one.
+        late_imports = None if link is None or inherited is not None else LateImports()
+        variables = read_variables(objective) if inherited is None else inherited.variables
         outcome = _call(objective, RemoteTrial(calls, start.trial), stop, calls)
+        # The objective may have left no room for what follows, and its result counts.
+        memory_limits.lift_memory_limit()
+        if link is not None and os.getpid() == own:
+            # A peak after the supervisor's last measurement; this process may end before its next.
+            with contextlib.suppress(OSError):
+                link.send(pickle.dumps(memory_limits.own_memory()))
+        # Modules and objects may raise anything when inspected; the trial's own result counts.
+        with contextlib.suppress(Exception):
+            outcome = replace(outcome, changed=changed_variables(variables))
+        if late_imports is not None:
+            with contextlib.suppress(Exception):
+                outcome = replace(outcome, late_imports=late_imports.found())
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
         outcome = messages.Raised(pack_error(error))
     stop.end()
     outcome = replace(outcome, stop_requested=stop.requested)
-    return _finish(outcome, calls, grace_period) if os.getpid() == own else _exit_fork(outcome)
+    if os.getpid() != own:
+        return _exit_fork(outcome)
+    return _finish(outcome, calls, grace_period, () if inherited is None else inherited.files)
 
 
 def _receive_streams(channel: Channel) -> None:
@@ -112,7 +136,7 @@ def _receive_streams(channel: Channel) -> None:
 
 def _prepare(
     start: messages.StartTrial,
-    buffers: list[memoryview],
+    sent: Received | None,
     inherited: messages.InheritedObjective | None,
     calls: RpcClient,
 ) -> Any:
@@ -128,22 +152,22 @@ def _prepare(
     memory_limits.set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
     _leave_shared_memory()
     objective = None if inherited is None else inherited.objective
-    if start.objective is not None:
-        objective = load_objective(start.objective, buffers)
-        # From here on the objective alone holds them.
-        buffers.clear()
+    if sent is not None:
+        objective = sent.load()
         apply_to_new_modules(start.output)
-    seed(start.context.seeds)
+    # Until now it had handlers of modules only, from now on also those of the objective.
+    forward_loguru(start.output.loguru, calls)
+    seed_global_generators(start.context.seeds)
     held = find_generators(objective) if inherited is None else inherited.generators
     vary_generators(start.trial.number, held)
     memory_limits.reset_peak()
-    restore_signals(start.worker_signals)
+    restore_signals(start.signals)
     set_preparing(False)
     return objective
 
 
 def _set_limits(start: messages.StartTrial, stop: PoliteStop) -> int | None:
-    """Set the kernel's limits, given what the imports took; return the RLIMIT_DATA set."""
+    """Set the kernel's limits, after the imports; return the RLIMIT_DATA set."""
     memory, cpu_time = start.limits.get("memory"), start.limits.get("cpu_time")
     if cpu_time is not None:
         stop.listen_for_cpu_time()
@@ -168,15 +192,24 @@ def _call(
         # First, since the next steps need memory.
         memory_limits.lift_memory_limit()
         failed = find_failed_allocation(error)
-        if failed is not None and failed.resource == "gpu_memory":
-            # While it holds its memory: the error's traceback keeps the frames.
-            calls.call(TRIAL, MEASURE)
+        is_full = failed is not None and failed.resource == "gpu_memory"
         gpu_memory = memory_limits.framework_gpu_memory()
+        if is_full or gpu_memory is not None:
+            _measure_gpus(calls)  # while the traceback keeps what the objective had there
         return messages.Raised(pack_error(error), failed, gpu_memory=gpu_memory)
     return messages.Returned(value, gpu_memory=memory_limits.framework_gpu_memory())
 
 
-def _finish(outcome: messages.Outcome, calls: RpcClient, grace_period: float) -> int:
+def _measure_gpus(calls: RpcClient) -> None:
+    """Have GPUs read before this process ends, as it still holds what the framework caches."""
+    # Whatever it raises, the trial's own result counts.
+    with contextlib.suppress(Exception):
+        calls.call(TRIAL, MEASURE)
+
+
+def _finish(
+    outcome: messages.Outcome, calls: RpcClient, grace_period: float, files: Iterable[Any]
+) -> int:
     """Send the outcome, then end as a Python program does; return the exit code."""
     try:
         memory_limits.lift_memory_limit()
@@ -184,16 +217,19 @@ def _finish(outcome: messages.Outcome, calls: RpcClient, grace_period: float) ->
             outcome = _sendable(outcome)
         flush_streams()
         calls.notify(outcome)
+        if outcome.gpu_memory is not None and not isinstance(outcome, messages.Raised):
+            # After the result, which a driver that hangs would hold up until a limit on time.
+            _measure_gpus(calls)
         _run_exit_handlers(grace_period)
         flush_streams()
-        _flush_files()
+        _flush_files(files)
     except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
         return 1
     return outcome.code if isinstance(outcome, messages.Exited) else 0
 
 
 def _exit_fork(outcome: messages.Outcome) -> int:
-    """Return the exit code of a process that the objective forked and that left the objective."""
+    """Return the exit code of a process that the objective forked and that returned from it."""
     if isinstance(outcome, messages.Raised):
         traceback.print_exception(unpack_error(outcome.error))
     flush_streams()
@@ -203,30 +239,40 @@ def _exit_fork(outcome: messages.Outcome) -> int:
 
 
 def _run_exit_handlers(grace_period: float) -> None:
-    """Let pools, executors and temporary folders clean up, for a limited time.
+    """Let threads, pools, executors and temporary folders end their work, for a limited time.
 
-    The study already has the result. What the objective has left open may wait without end: a
-    thread for an item, a process for its parent. The kernel's timer ends that.
+    The study already has the result. What the objective left open may wait indefinitely: a thread
+    for an item, a process for its parent. A kernel timer ends that.
     """
     shortest, longest = _EXIT_TIMES
+    seconds = max(shortest, min(grace_period, longest))
+    # Before the others, as at the end of any program: a thread may be saving a checkpoint.
+    threads = threading.Thread(target=_end_threads, daemon=True)
+    threads.start()
+    threads.join(seconds)
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, max(shortest, min(grace_period, longest)))
-    # Executors (joblib's too) tell their workers to end in handlers that threading keeps, and
-    # multiprocessing waits for these workers in one of the others.
-    threads = threading.Thread(target=_run_threading_handlers, daemon=True)
-    threads.start()
-    threads.join(_THREADS_TIME)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        signal.setitimer(signal.ITIMER_REAL, seconds)
     atexit._run_exitfuncs()
 
 
-def _run_threading_handlers() -> None:
+def _end_threads() -> None:
+    """Wait for all threads but daemons, as the end of a program does."""
+    # Executors (joblib's too) end their workers in handlers of the threading module, and
+    # multiprocessing waits for these workers in an exit handler.
     for handler in reversed(getattr(threading, "_threading_atexits", ())):
         handler()
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            # One that still waits, as a watchdog does, has nothing to complete.
+            thread.cancel()
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()
 
 
 def _sendable(returned: messages.Returned) -> messages.Outcome:
-    """Return the value in a form that does not depend on the trial's devices or classes."""
+    """Return the value without the trial's devices and classes."""
     value = returned.value
     if _is_tensor(value):
         with contextlib.suppress(Exception):
@@ -236,7 +282,7 @@ def _sendable(returned: messages.Returned) -> messages.Outcome:
     except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
         return messages.Unsendable(
             f"The objective returned a value of type {type(value).__name__} that can't be sent "
-            f"from the trial's process: {type(error).__name__}: {error}",
+            f"from the trial's process: {type(error).__name__}: {error}. Return numbers.",
             stop_requested=returned.stop_requested,
             gpu_memory=returned.gpu_memory,
         )
@@ -244,7 +290,7 @@ def _sendable(returned: messages.Returned) -> messages.Outcome:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Return whether this is a framework's scalar: unpickling it would load the framework."""
+    """Return whether this is a framework's number: unpickling it would load the framework."""
     package = type(value).__module__.partition(".")[0]
     is_plain = package in ("builtins", "numpy", "decimal", "fractions")
     return hasattr(type(value), "__float__") and not is_plain
@@ -260,27 +306,27 @@ def _exit_code(error: SystemExit) -> int:
     return 1
 
 
-def _flush_files() -> None:
-    """Write what the objective has left in buffers of files that it didn't close."""
-    # Those that the process was forked with are frozen, and so not among these.
-    for value in gc.get_objects():
+def _flush_files(inherited: Iterable[Any]) -> None:
+    """Flush files that the objective did not close, and the study's that it may write to."""
+    # Objects from before the fork are frozen, so not among the others.
+    for value in itertools.chain(inherited, gc.get_objects()):
         # Exact classes: of a hundred thousand objects, `issubclass` would take 50 ms.
         if type(value) in _FILES:
             with contextlib.suppress(OSError, ValueError):
                 value.flush()
 
 
-# A forked process is to look like a child that multiprocessing has started. The private functions
-# used here are those that `multiprocessing.Process` calls in a child; there are no public ones.
+# A forked process has to look like a child of multiprocessing. The private functions used here are
+# those that `multiprocessing.Process` calls in a child; there are no public ones.
 
 _of_study: list[Any] = []
 
 
 def become_child(name: str, parent: int) -> None:
-    """Make this process a child of the study's process, as far as multiprocessing can see.
+    """Make this process a child of the study's process in the view of multiprocessing.
 
-    Exit handlers of its parent are left to the parent, and callbacks for a fork run now: pools,
-    queues and temporary folders of the study's process stay its own. ``parent`` is a pidfd of it.
+    Exit handlers are left to the parent, and callbacks for a fork run now: pools, queues and
+    temporary folders stay the study's own. ``parent`` is a pidfd of the study's process.
     """
     internals: Any = process
     former = internals._current_process
@@ -292,7 +338,7 @@ def become_child(name: str, parent: int) -> None:
     )
     # Handlers that the trial itself adds run at the end of the trial.
     atexit._clear()
-    # `atexit` held these. Put aside, as what would be freed with them is in pages of the study.
+    # From `atexit`. Kept alive, as freeing their objects would copy pages of the study.
     _of_study.append(weakref.finalize._registry)  # type: ignore[attr-defined]
     weakref.finalize._registry = {}  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]  # as above
@@ -333,14 +379,14 @@ _is_preparing = False
 
 
 def set_preparing(is_preparing: bool) -> None:
-    """Record whether this process, a trial's or a fork server, only prepares for an objective."""
+    """Record whether this process, a trial's or a fork server, is still importing modules."""
     global _is_preparing
     _is_preparing = is_preparing
 
 
 def is_in_preparation() -> bool:
-    """Return whether this process, of this package or of multiprocessing, only imports modules.
+    """Return whether this process, of this package or of multiprocessing, is importing modules.
 
-    A study that one of them runs would run in each such process, and start others.
+    A study that an import runs would run again in each such process, and start others.
     """
     return _is_preparing or bool(getattr(process.current_process(), "_inheriting", False))

@@ -1,8 +1,8 @@
-"""Confines isolated trials to cores of their own: processors, and threads of libraries.
+"""Confines isolated trials to cores of their own: CPU affinity, and threads of libraries.
 
-Libraries that start a thread for each core of the machine, in each of several trials, make all of
-these slower. So a trial with a limit on cores gets as many processors, other ones than the trials
-beside it where there are enough, and its thread pools are as large.
+Libraries that start a thread for each core of the machine, in each of several trials, slow all
+trials down. So a trial with a limit on cores is bound to as many processors, if possible not those
+of other trials, and its thread pools have as many threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from optuna_quota._isolation.modules import after_import
 
 _logger = logging.getLogger("optuna.quota.isolated")
 
-# What libraries read when they are loaded. A process that the trial starts inherits them.
+# Libraries read these when they are loaded. Processes that the trial starts inherit them.
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -49,7 +49,7 @@ _PREFIX = "\0optuna-quota/cpu/"
 
 @dataclass(frozen=True)
 class Cores:
-    """The processors of one trial, none where a process can't be bound, and threads a pool."""
+    """The processors of one trial, none if processes can't be bound, and threads per pool."""
 
     cpus: tuple[int, ...]
     threads: int
@@ -58,10 +58,10 @@ class Cores:
 def choose_cores(
     limit: float, allowed: Collection[int], trials: Mapping[int, int], taken: Collection[int] = ()
 ) -> Cores:
-    """Return the cores of a trial: those that the fewest other trials have (pure).
+    """Return the cores of a trial: those that the fewest other trials use (pure).
 
-    A part of a core counts as a whole processor. ``allowed`` is empty if unknown; ``trials`` says
-    how many of this worker's trials have each processor, ``taken`` which those of others have.
+    A part of a core counts as a whole processor. ``allowed`` is empty if unknown; ``trials`` has
+    the number of this worker's trials by processor, ``taken`` the processors of other workers.
     """
     order = sorted(allowed, key=lambda cpu: (trials.get(cpu, 0) + (cpu in taken), cpu))
     cpus = tuple(sorted(order[: math.ceil(limit)]))
@@ -70,7 +70,7 @@ def choose_cores(
 
 
 class CorePool:
-    """The processors that this worker may use, and how many of its trials have each."""
+    """The processors that this worker may use, and how many of its trials use each."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class CorePool:
         return cores
 
     def _publish(self, cpu: int) -> bool:
-        """Return whether no other worker's trial has a processor, and let others see this one."""
+        """Claim a processor; return whether no trial of another worker uses it."""
         if not sys.platform.startswith("linux"):
             return True
         name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -155,12 +155,17 @@ def confine(cores: Cores) -> None:
 
 
 def _number(text: str | None) -> float:
-    """Return the threads that a variable allows; of a list by nesting level, the outermost."""
+    """Return a variable's number of threads, of a list by nesting level the outermost."""
     try:
         number = int((text or "").split(",")[0])
     except ValueError:
         return math.inf
     return number if number > 0 else math.inf
+
+
+def threads_by_variables(environ: Mapping[str, str]) -> float:
+    """Return the fewest threads that any of the variables allows."""
+    return min(_number(environ.get(name)) for name in _THREAD_VARIABLES)
 
 
 def _limit_loaded_pools(threads: int) -> None:

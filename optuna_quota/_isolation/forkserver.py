@@ -1,8 +1,8 @@
 """The fork server: a fresh interpreter that loads modules and forks the trials' processes.
 
-The standard library's fork server needs a ``__main__`` guard, can't tell which modules are safe to
-fork after, and leaves its orphans. This one is started by executing Python anew, so that it has
-none of the study's threads, locks or GPU contexts, and never runs the study's script again.
+The standard library's fork server needs a ``__main__`` guard, does not detect modules after which
+forks are unsafe, and leaves orphans behind. This one is a fresh Python interpreter, without the
+study's threads, locks and GPU contexts, and never runs the study's script again.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from optuna_quota._isolation.supervisor import Supervisor
 # Seconds without a request after which it exits, to free its memory; the next trial starts
 # another one.
 IDLE_TIME = 60.0
-# Seconds that it waits at its end for orphans to end.
+# Seconds that it waits for orphans before it exits.
 ORPHANS_TIME = 2.0
 
 
 @dataclass(frozen=True)
 class SpawnRequest:
-    """Send the descriptors of a trial's connections; it may have a control group in a folder.
+    """Start a trial, whose connections' descriptors follow, in the control group of a folder.
 
-    ``is_last`` is True where no other request will follow.
+    ``is_last`` is True if no other request will follow.
     """
 
     cgroup: Path | None
@@ -61,7 +61,7 @@ class SpawnRequest:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Import modules, with this ``sys.path``, and make the main module if there is one to make."""
+    """Import modules with this ``sys.path``, and create the main module, if given."""
 
     path: Sequence[str]
     modules: Sequence[str]
@@ -70,7 +70,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Importing:
-    """Sent before the answer: the import of this module begins."""
+    """Sent before the answer: this module is being imported."""
 
     name: str
 
@@ -86,13 +86,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class UnsafeModule:
-    """Last answer: with this module imported, forks are unsafe for its threads or its GPU."""
+    """Last answer: forks are unsafe after this import, because of its threads or the GPU."""
 
     name: str
 
 
 class ForkServer:
-    """Serves one study's process, of which it has a pidfd, until that is gone."""
+    """Serves one study's process until that ends, as a pidfd shows."""
 
     def __init__(self, channel: Channel, parent: int) -> None:
         self._channel = channel
@@ -106,7 +106,7 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def serve(self) -> None:
-        """Serve until the study's process hangs up, dies, or sends no request for long."""
+        """Serve until the study's process hangs up or dies, or is idle for a minute."""
         poll = select.poll()
         for handle in (self._channel.fileno(), self._parent, self._child_ended):
             poll.register(handle, select.POLLIN)
@@ -124,7 +124,7 @@ class ForkServer:
             has_orphans = self._reap()
 
     def _serve_requests(self) -> bool:
-        """Serve what has arrived; return whether more may come."""
+        """Serve the requests that have arrived; return whether more may come."""
         try:
             for message in self._channel.arrived():
                 if isinstance(message, SpawnRequest):
@@ -136,7 +136,7 @@ class ForkServer:
         return True
 
     def _spawn(self, request: SpawnRequest) -> None:
-        """Send the connections of the spare trial, and fork the next: no trial waits for forks."""
+        """Start the trial that was forked in advance, and fork the next: no trial waits for it."""
         trial, self._spare = self._spare or self._fork(request), None
         self._channel.send_descriptors([trial.channel.fileno(), trial.control.fileno()])
         trial.disconnect()
@@ -185,10 +185,9 @@ class ForkServer:
         return len(self._supervisors) == (0 if self._spare is None else 1)
 
     def _reap(self) -> bool:
-        """Wait for supervisors that have ended, and kill what a killed one has left behind.
+        """Reap supervisors that have ended, and kill processes that a killed one left behind.
 
-        Returns whether there is such, which this process hears of when it has ended: some can't
-        be killed, as they hang in the kernel.
+        Returns whether such processes still exist: some hang in the kernel and can't be killed.
         """
         with contextlib.suppress(OSError):
             os.read(self._child_ended, 4096)
@@ -201,7 +200,7 @@ class ForkServer:
 
 
 def _preload(name: str) -> str | None:
-    """Import a module; return its error, whatever it raises; its output is dropped."""
+    """Import a module without output; return its error, whatever it raises."""
     try:
         importlib.import_module(name)
     except BaseException as error:  # noqa: BLE001 - a module may raise anything
@@ -219,8 +218,8 @@ def _make_main_module(main: MainModule) -> MainModule:
 
 
 def _can_fork() -> bool:
-    # gevent and eventlet put functions of their own in the place of what waits. Their event loop
-    # does not survive in the forks of this process, which close files that they don't know.
+    # gevent and eventlet replace blocking functions. Their event loop does not survive in forks of
+    # this process, which close unknown files.
     is_patched = not isinstance(select.select, types.BuiltinFunctionType)
     return (
         not is_patched
@@ -230,10 +229,9 @@ def _can_fork() -> bool:
 
 
 def _threads_end_before_forks() -> bool:
-    """Return whether all other threads end before a fork, by making one.
+    """Return whether all other threads end before a fork, by forking.
 
-    OpenBLAS ends its threads and starts them again when needed. Which libraries do so has to be
-    tried.
+    OpenBLAS ends its threads and starts them again when needed; other libraries may not.
     """
     pid = fork()
     if pid == 0:
@@ -256,7 +254,7 @@ def _count_threads() -> int:
 
 
 def _prepare_to_fork() -> None:
-    """Keep memory that no trial writes to shared with all of them."""
+    """Keep memory shared with trials as long as none writes to it."""
     prepare_logging(reset=True)
     gc.collect()
     gc.freeze()
@@ -271,8 +269,7 @@ def main(handle: int) -> None:
         parent = os.pidfd_open(os.getppid())
     except OSError:
         return
-    # numpy loads its random generators when they are first used, which each trial would do anew:
-    # 10 ms of a trial's start.
+    # numpy loads its random generators on first use, which would take 10 ms in each trial.
     for name in ("numpy", "numpy.random", "cloudpickle", "optuna", "psutil"):
         _preload(name)
     _prepare_to_fork()
@@ -295,7 +292,7 @@ def fork_trial(
     """Fork a supervisor, which forks its trial.
 
     ``parent`` is a pidfd of the study's process, ``cgroup`` the folder for the trial's control
-    group. Without what the trial has ``inherited``, all is sent to it.
+    group. Without ``inherited``, the trial receives its objective and messages.
     """
     channel, trial_channel = channel_pair()
     control, supervisor_control = channel_pair()
@@ -312,7 +309,7 @@ def fork_trial(
 
 
 def fork() -> int:
-    """Fork this process, whatever threads it has: the child starts from a known state."""
+    """Fork this process, without Python's warning about threads."""
     with warnings.catch_warnings():
         # Python 3.12 warns where it counts a second thread, such as an idle one of OpenBLAS.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -329,7 +326,7 @@ def _run_supervisor(
     os.setsid()
     ignore_job_signals()
     linux.become_subreaper()
-    # Keeps messages apart, of which a signal handler of the trial reads one without waiting.
+    # Keeps messages apart: a signal handler of the trial reads one without waiting.
     link, trial_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     trial_link.setblocking(False)
     crash_file = os.memfd_create("optuna-quota-crash")
@@ -400,9 +397,9 @@ _opened_by_modules: set[int] = set()
 
 @contextlib.contextmanager
 def _modules_may_open_files() -> Iterator[None]:
-    """Keep open in trials what is opened within the block: logs, databases, shared memory.
+    """Keep files open in trials that are opened within the block: logs, databases, shared memory.
 
-    What a module holds would otherwise refer to closed files, or to others of the same numbers.
+    Modules would otherwise refer to closed files, or to other files with the same numbers.
     """
     before = _open_descriptors()
     try:
@@ -420,7 +417,7 @@ def _open_descriptors() -> set[int]:
 
 
 def _close_all_but(*handles: int) -> None:
-    """Close what this process has inherited and does not need.
+    """Close inherited files except for these.
 
     A copy of the study's end of a connection would keep it open when the study's process dies.
     """

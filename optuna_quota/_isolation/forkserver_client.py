@@ -1,9 +1,9 @@
-"""The study's side of its fork server: start it when needed, keep it current, get trials of it."""
+"""The study's side of its fork server: start it, keep its modules current, start trials."""
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 import contextlib
 import io
 import logging
@@ -43,12 +43,14 @@ _logger = logging.getLogger("optuna.quota.isolated")
 
 _MAIN = "__main__"
 _ATTEMPTS = 3
-# Seconds for one thing that a new process does: a module may wait without end as it is imported,
-# for a network or for a lock, where it did not in this process.
+# Seconds for one step of a new process: an import may hang there, on a network or a lock, though
+# it did not in this process.
 ANSWER_TIME = 600.0
-# Seconds between two looks at the clock meanwhile: the most of a pause that counts.
+# The same for a module that a trial has imported, which later trials can import themselves.
+LEARNED_TIME = 60.0
+# Seconds between two readings of the clock meanwhile: of a pause, at most as much counts.
 _LOOK_PERIOD = 1.0
-# Seconds for it to exit by itself, as this process ends.
+# Seconds for it to exit by itself when this process ends.
 _EXIT_TIME = 5.0
 
 
@@ -59,10 +61,10 @@ class _Unsafe(OSError):
 
 
 class ForkServerClient:
-    """Starts trials from one fork server; for any thread.
+    """Starts trials from one fork server; thread-safe.
 
-    Where no fork server can be started, it raises OSError. ``one_trial`` says that it is for one
-    only, as with the start method spawn: its fork server prepares no second.
+    Raises OSError if no fork server can be started. With ``one_trial``, as for the start method
+    spawn, the fork server prepares no second trial.
     """
 
     def __init__(self, *, one_trial: bool = False) -> None:
@@ -71,7 +73,7 @@ class ForkServerClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._errors: BinaryIO = io.BytesIO()  # what it writes to its standard error
-        # Processes that exit by themselves once they have served what was sent.
+        # Processes that exit by themselves once they have served their requests.
         self._retired: list[subprocess.Popen[bytes]] = []
         # Modules to load, in their order; those loaded, the times of their files, and the
         # environment that they were loaded in.
@@ -82,6 +84,8 @@ class ForkServerClient:
         self._environ: dict[str, str] = {}
         self._main: MainModule | None = None
         self._prepared: MainModule | None = None
+        # Modules that trials have imported; no other trial waits for one that fails here.
+        self._learned: set[str] = set()
         # Modules after which forks are unsafe.
         self._unsafe: set[str] = set()
         # Those that the user has named, and of these, those that can't be imported.
@@ -89,17 +93,23 @@ class ForkServerClient:
         self._warned: set[str] = set()
 
     def for_one_trial(self) -> ForkServerClient:
-        """Return another client for the start method spawn, to be reset."""
+        """Return another client, for the start method spawn; reset it after use."""
         client = ForkServerClient(one_trial=True)
         client._unsafe, client._warned = self._unsafe, self._warned
         client._retired = self._retired
         return client
 
     def prepare(self, preload: Sequence[str] = ()) -> MainModule:
-        """Load what trials are to find loaded: this process's modules, and its main module."""
+        """Load this process's modules and its main module for trials."""
         with self._lock:
             self._update_wanted(preload)
             return self._with_server(self._prepare)
+
+    def learn(self, modules: Iterable[str]) -> None:
+        """Load modules that a trial has imported, before the next trial starts."""
+        with self._lock:
+            self._learned.update(modules)
+            self._wanted.update(dict.fromkeys(modules))
 
     def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> TrialConnections:
         """Start a trial's processes, with open files and in a control group."""
@@ -112,12 +122,12 @@ class ForkServerClient:
             return self._with_server(launch)
 
     def reset(self) -> None:
-        """Let the fork server exit, and use another one from now on; trials continue."""
+        """Let the fork server exit and use another one from now on; running trials continue."""
         with self._lock:
             self._discard()
 
     def close(self) -> None:
-        """Let the fork server exit and wait for it; trials under way continue."""
+        """Let the fork server exit and wait for it; running trials continue."""
         self.reset()
         for process in list(self._retired):
             try:
@@ -143,7 +153,7 @@ class ForkServerClient:
         self._named.update(preload)
 
     def _with_server(self, act: Callable[[Channel], T]) -> T:
-        """Do something with the fork server, with a new one where it exits meanwhile."""
+        """Call a function with the fork server, again with a new one if it has exited."""
         faults = 0
         while True:
             channel = self._connect()
@@ -156,6 +166,8 @@ class ForkServerClient:
                 raise
             except (OSError, EOFError) as error:
                 reason = self._describe_exit()
+                if isinstance(error, _Unsafe) and self._process is not None:
+                    self._process.kill()  # it exits by itself, unless it hangs
                 self._discard()
                 if isinstance(error, _Unsafe) and error.module not in self._unsafe:
                     # Each costs a fork server, and there may be many of them.
@@ -165,7 +177,7 @@ class ForkServerClient:
                 if faults == _ATTEMPTS:
                     raise OSError(reason) from error
             except BaseException:
-                # An interrupt (Ctrl-C): the answer must not be taken for a later request's.
+                # An interrupt (Ctrl-C): a later request must not receive this answer.
                 self._discard()
                 raise
 
@@ -212,17 +224,20 @@ class ForkServerClient:
             self._loaded.update(dict.fromkeys(new))
             self._files.update(modification_times(new))
             request = Prepare(tuple(sys.path), new, main if makes_main else None)
-            answer = _ask(channel, request)
+            answer = _ask(channel, request, self._learned)
             self._prepared = answer.main or self._prepared
             for name in self._named & (answer.errors.keys() - self._warned):
                 self._warned.add(name)
-                _logger.warning(f"`preload` has {name!r}, which fails: {answer.errors[name]}.")
+                _logger.warning(
+                    f"`preload` names {name!r}, which can't be imported in a new process: "
+                    f"{answer.errors[name]}. Trials start without it."
+                )
         return self._prepared or main
 
     def _new_modules(self) -> list[str]:
-        """Return the modules to load; of a package with an unsafe one, those before that.
+        """Return the modules to load; of a package with an unsafe module, those before it.
 
-        Each unsafe module costs a fork server, and the trial waits meanwhile.
+        Each unsafe module costs a new fork server, for which the trial waits.
         """
         new, unsafe_packages = [], set()
         for name in self._wanted:
@@ -265,8 +280,8 @@ _BOOT = (
 def interpreter(module: str, argument: Any) -> list[str]:
     """Return the command that runs ``main`` of one of these modules in a fresh interpreter.
 
-    It imports from where this process does: the working directory, which is first otherwise, may
-    have a file of a module's name.
+    It has this process's ``sys.path``: the working directory, otherwise first, may have a file
+    with the name of a module.
     """
     from multiprocessing.spawn import get_executable
 
@@ -277,7 +292,7 @@ def interpreter(module: str, argument: Any) -> list[str]:
     return [os.fsdecode(get_executable()), *_options(), "-c", code]
 
 
-# These would only print into what no one reads.
+# Their output would not be read.
 _PRINTING = ("importtime", "showrefcount")
 
 
@@ -301,15 +316,17 @@ def request_trial(
     """Request a trial's processes from a fork server, and send the trial its open files."""
     try:
         server.send(request)
-        _wait(server)
+        _wait(server, ANSWER_TIME)
         handles = server.receive_descriptors()
     except TimeoutError:
         raise _overdue("The start of a trial") from None
     if len(handles) != 2:
-        # It has exited, or this process has too many open files.
         for handle in handles:
             os.close(handle)
-        raise OSError("The fork server started no trial.")
+        raise OSError(
+            "The fork server started no trial: it has exited, or this process has too many open "
+            "files (`ulimit -n`)."
+        )
     channel, control = (Channel(socket.socket(fileno=handle)) for handle in handles)
     try:
         with contextlib.ExitStack() as stack:
@@ -323,7 +340,7 @@ def request_trial(
 
 
 def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
-    """Return a standard stream's descriptor, that of a null device where it is closed."""
+    """Return a standard stream's descriptor, that of a null device if it is closed."""
     try:
         # Where it was closed from the start, another file may have its number.
         if (sys.__stdout__, sys.__stderr__)[number - 1] is None:
@@ -335,21 +352,27 @@ def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
     return number
 
 
-def _ask(server: Channel, request: Prepare) -> Prepared:
-    awaited = "The start of Python or of an import"
+def _ask(server: Channel, request: Prepare, optional: Collection[str] = ()) -> Prepared:
+    awaited, module = "The start of Python or of an import", ""
     try:
         server.send(request)
         while True:
-            _wait(server)
+            _wait(server, LEARNED_TIME if module in optional else ANSWER_TIME)
             answer = server.receive()
             if isinstance(answer, UnsafeModule):
                 raise _Unsafe(answer.name)
             if isinstance(answer, Prepared):
                 return answer
             assert isinstance(answer, Importing)
-            is_main = answer.name == _MAIN
-            awaited = f"The import of {'this script' if is_main else repr(answer.name)}"
+            module, is_main = answer.name, answer.name == _MAIN
+            awaited = f"The import of {'this script' if is_main else repr(module)}"
+    except (EOFError, ConnectionError):
+        if module in optional:
+            raise _Unsafe(module) from None
+        raise
     except TimeoutError:
+        if module in optional:
+            raise _Unsafe(module) from None
         raise _overdue(awaited) from None
 
 
@@ -358,12 +381,12 @@ def _overdue(awaited: str) -> TimeoutError:
     return TimeoutError(f"{awaited} has not ended within {within} in a new process.")
 
 
-def _wait(server: Channel) -> None:
-    """Wait for a message; raises TimeoutError after too long, pauses of this process aside."""
+def _wait(server: Channel, seconds: float) -> None:
+    """Wait for a message; raises TimeoutError, where pauses of this process don't count."""
     poll = select.poll()
     poll.register(server.fileno(), select.POLLIN)
     clock = RunningClock()
-    due = clock() + ANSWER_TIME
+    due = clock() + seconds
     while not server.pending():
         clock.fall_asleep(_LOOK_PERIOD)
         is_ready = poll.poll(_LOOK_PERIOD * 1000)
@@ -376,12 +399,12 @@ def _wait(server: Channel) -> None:
 
 _client: ForkServerClient | None = None
 _client_lock = threading.Lock()
-# In a fork, those of its parent: they are referred to, so that they are not closed.
+# In a fork, those of its parent: kept alive, so that they are not closed.
 _inherited: list[ForkServerClient] = []
 
 
 def fork_server_client() -> ForkServerClient:
-    """Return the client of this process's own fork server; a fork of this process gets another."""
+    """Return the client of this process's fork server; a fork of this process gets another."""
     global _client
     with _client_lock:
         if _client is None:

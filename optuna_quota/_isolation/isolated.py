@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import os
 import re
@@ -16,7 +16,7 @@ from optuna_quota._isolation.launch import IsolationOptions, OnCrash, StartMetho
 from optuna_quota._isolation.run import TrialRun
 from optuna_quota._isolation.script_process import RunScript
 from optuna_quota._limits import Limits
-from optuna_quota._units import Duration, parse_seconds
+from optuna_quota._units import check_flags, check_mapping, Duration, parse_seconds
 
 
 class Isolated:
@@ -101,7 +101,8 @@ def isolated(
             well (``np.zeros``, the stacks of threads). By default the memory in use is measured,
             and a trial is stopped once it passes the limit.
         preload: Names of modules to import before the first trial starts, in addition to those
-            that this process has imported.
+            that this process has imported. What a trial imports of their packages is imported
+            before the next one starts.
 
     Returns:
         A callable for ``study.optimize``, or to be called with a trial from ``study.ask``.
@@ -118,7 +119,10 @@ def isolated(
     if not callable(objective):
         raise TypeError(f"`objective` must be callable but got {objective!r}.")
     if isinstance(getattr(objective, "__dict__", {}).get("options"), IsolationOptions):
-        raise TypeError(f"`objective` is isolated already: {objective!r}.")
+        raise TypeError(
+            f"`objective` must not be isolated already but got {objective!r}: pass that to "
+            "`study.optimize` as it is."
+        )
     if start_method not in get_args(StartMethod):
         methods = ", ".join(get_args(StartMethod))
         raise ValueError(f"`start_method` must be one of {methods} but got {start_method!r}.")
@@ -126,7 +130,10 @@ def isolated(
         raise TypeError(f"`limits` must be Limits but got {limits!r}.")
     if on_crash not in get_args(OnCrash):
         raise ValueError(f"`on_crash` must be 'fail' or 'raise' but got {on_crash!r}.")
-    if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
+    check_flags(predictive_stop=predictive_stop, strict_memory=strict_memory)
+    is_several = isinstance(preload, Iterable) and not isinstance(preload, str)
+    names = tuple(preload) if is_several else ()
+    if not is_several or not all(isinstance(name, str) for name in names):
         raise TypeError(f"`preload` must be a sequence of module names but got {preload!r}.")
     options = IsolationOptions(
         grace_period=parse_seconds(grace_period, "grace_period", zero=True),
@@ -135,7 +142,7 @@ def isolated(
         predictive_stop=predictive_stop,
         on_crash=on_crash,
         strict_memory=strict_memory,
-        preload=tuple(preload),
+        preload=names,
     )
     return Isolated(objective, options)
 
@@ -242,16 +249,19 @@ def script(
     words = split_command(command)
     if not callable(params):
         raise TypeError(f"`params` must be a function of a trial but got {params!r}.")
-    variables = {} if env is None else dict(env)
-    if not all(isinstance(text, str) for item in variables.items() for text in item):
+    variables = {} if env is None else env
+    check_mapping(variables, "env", "names to strings")
+    if not all(isinstance(text, str) for text in variables.values()):
         raise TypeError(f"`env` must map names to strings but got {env!r}.")
+    if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
+        raise TypeError(f"`cwd` must be the path of a folder but got {cwd!r}.")
     folder = None if cwd is None else os.fspath(cwd)
     if folder is not None and not os.path.isdir(folder):
         raise FileNotFoundError(f"`cwd` must be an existing folder but got {folder!r}.")
     if not _FIELD.search(words[0]):
         _check_program(words[0], folder, variables)
     options = isolated(params, grace_period=grace_period, on_crash=on_crash).options
-    return Script(words, params, options, folder=folder, env=variables)
+    return Script(words, params, options, folder=folder, env=dict(variables))
 
 
 def _check_program(program: str, folder: str | None, env: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Start a trial's processes by its start method, with all that they need to know."""
+"""Start a trial's processes by its start method, and send them what they need."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 from dataclasses import dataclass
+import errno
 import functools
 import math
 import os
@@ -29,7 +30,7 @@ from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver import fork_trial
 from optuna_quota._isolation.forkserver_client import fork_server_client, interpreter
-from optuna_quota._isolation.generators import find_generators
+from optuna_quota._isolation.lost_changes import read_variables
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._isolation.output import (
@@ -37,8 +38,12 @@ from optuna_quota._isolation.output import (
     prepare_logging,
     read_output_settings,
 )
-from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
+from optuna_quota._isolation.payload import Payload
+from optuna_quota._isolation.pickling import dump_objective, NeedsFork
+from optuna_quota._isolation.random_generators import find_generators
+from optuna_quota._isolation.reducers import flush_files_within_reach
 from optuna_quota._isolation.rpc import RemoteObjects, TRIAL, TrialHandle
+from optuna_quota._isolation.signals import read_signal_state
 from optuna_quota._limits import Limits
 from optuna_quota._metering import TrialMonitor
 from optuna_quota._metering.visible_gpus import device_memory
@@ -62,22 +67,26 @@ class IsolationOptions:
 
     @property
     def outsiders(self) -> int:
-        """How many processes beside the trial share the memory that it was forked with.
+        """How many other processes share the memory that the trial was forked with.
 
-        The fork server, the trial's supervisor, and the two that wait for the next trial.
+        The fork server, the trial's supervisor, and the two processes forked for the next trial.
         """
         return 4 if self.start_method == "forkserver" else 0
 
 
 class CannotStart(Exception):
-    """No process can be started for a trial; a fork server was tried again."""
+    """No process can be started for a trial, also not after a retry with a new fork server."""
 
     def __init__(self, error: OSError) -> None:
-        super().__init__(f"The trial's process could not be started: {error}")
+        reason = f"The trial's process could not be started: {str(error).removesuffix('.')}."
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            reason += " Allow more open files (`ulimit -n`), or run fewer trials at once."
+        super().__init__(reason)
 
 
 @contextlib.contextmanager
-def _starting() -> Iterator[None]:
+def starting() -> Iterator[None]:
+    """Raise CannotStart for an OSError in the block, which is not an error of the objective."""
     try:
         yield
     except OSError as error:
@@ -86,7 +95,7 @@ def _starting() -> Iterator[None]:
 
 @dataclass
 class TrialLauncher:
-    """Starts a trial's processes, then sends the messages that they wait for."""
+    """Starts a trial's processes, then sends their first messages."""
 
     objective: Callable[..., Any]
     options: IsolationOptions
@@ -102,7 +111,7 @@ class TrialLauncher:
         if not linux.can_supervise():
             main = find_main_module().without_statements()
             payload = dump_objective(self.objective, self.remote, main)
-            with _starting():
+            with starting():
                 connections = _launch_portable()
             return self._prepare_messages(connections, payload, main)
         if method == "fork":
@@ -112,13 +121,13 @@ class TrialLauncher:
             client = client.for_one_trial()
         before = self.monitor.elapsed
         try:
-            with _starting():
+            with starting():
                 main = client.prepare(self.options.preload)
             payload = dump_objective(self.objective, self.remote, main)
-            with _starting():
+            with starting():
                 connections = client.launch(_delegated_cgroup(), payload.descriptors)
         except NeedsFork:
-            # As multiprocessing itself would by default, where such a lock is made.
+            # The default start method of multiprocessing where such a lock is created.
             if linux.uses_cuda():
                 raise
             return self._fork()
@@ -135,17 +144,23 @@ class TrialLauncher:
                 "`start_method` must not be 'fork' once this process uses CUDA, which a forked "
                 "process can't use; choose 'forkserver'."
             )
-        # Made before the fork: after it, each page that is touched here is copied.
+        # Before the fork: after it, each page that this process writes to is copied.
         start = self._start_message(None, MainModule())
         inherited = messages.InheritedObjective(
-            start, self._monitoring(), self.objective, find_generators(self.objective)
+            start,
+            self._monitoring(),
+            self.objective,
+            generators=find_generators(self.objective),
+            files=flush_files_within_reach(self.objective),
+            variables=read_variables(self.objective),
         )
         prepare_logging(reset=False)
         flush_streams()
         _end_openmp_threads()
-        parent = os.pidfd_open(os.getpid())
+        with starting():
+            parent = os.pidfd_open(os.getpid())
         try:
-            with _starting():
+            with starting():
                 return fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
         finally:
             os.close(parent)
@@ -158,7 +173,7 @@ class TrialLauncher:
             with contextlib.suppress(ConnectionError):
                 connections.control.send(monitoring)
                 connections.channel.send(start)
-                payload.send_buffers(connections.channel)
+                payload.send(connections.channel)
 
     def _prepare_messages(
         self, connections: TrialConnections, payload: Payload, main: MainModule
@@ -193,10 +208,9 @@ class TrialLauncher:
             device_memory=device_memory(environment) if "gpu_memory" in limits else None,
             cores=self.cores,
             grace_period=self.options.grace_period,
-            objective=None if payload is None else payload.pickles,
-            buffers=() if payload is None else payload.sizes,
+            objective=None if payload is None else payload.content,
             strict_memory=self.options.strict_memory,
-            worker_signals=() if study is None else preemption_of(study).signals,
+            signals=read_signal_state(() if study is None else preemption_of(study).signals),
         )
 
     def _monitoring(self) -> messages.BeginMonitoring:
@@ -219,10 +233,10 @@ _OMP_PAUSE_HARD = 2
 
 
 def _end_openmp_threads() -> None:
-    """Let GNU's OpenMP end the threads that it keeps for this one; it starts them when needed.
+    """Make GNU's OpenMP end the idle threads of this thread; it starts them again when needed.
 
-    A forked process has none of them, which the library does not notice: it would wait for them
-    without end. LLVM's and Intel's notice.
+    It does not notice that a forked process lacks these threads, and would wait for them forever.
+    LLVM's and Intel's OpenMP do notice.
     """
     paths: set[str] = set()
     with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8") as file:
@@ -234,11 +248,11 @@ def _end_openmp_threads() -> None:
                 library.omp_pause_resource_all(_OMP_PAUSE_HARD)
 
 
-# Without a supervisor process, as on other systems than Linux. Each trial starts in a new
+# Without a supervisor process, as on systems other than Linux. Each trial starts in a new
 # interpreter. Processes that left the trial's tree are found only if they were seen in it, the
 # kernel's limits are not used, and on Windows there is no polite stop.
 
-# Seconds between two readings of the trial's processes.
+# Seconds between readings of the trial's processes.
 _PORTABLE_INTERVAL = 0.02
 
 
@@ -344,7 +358,7 @@ class _PortableSupervisor:
     def _kill_descendants(self) -> tuple[str, ...]:
         left = []
         for process in self._descendants.values():
-            # psutil knows a process by its time of creation too: it kills no other one.
+            # psutil compares the creation time too, so it kills no other process.
             with contextlib.suppress(psutil.Error):
                 if process.status() != psutil.STATUS_ZOMBIE:
                     process.kill()

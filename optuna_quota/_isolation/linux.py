@@ -16,11 +16,11 @@ _PR_SET_TIMERSLACK = 29
 _PR_SET_CHILD_SUBREAPER = 36
 _PF_EXITING = 0x4
 
-# Helpers that remove shared memory, semaphores and temporary files once their user is gone: they
-# end by themselves then, and what they would remove leaks if they are killed.
+# Helpers that remove shared memory, semaphores and temporary files once their user is gone, and
+# then end. If they are killed, these resources leak.
 _CLEANERS = (b"resource_tracker", b"torch_shm_manager")
 
-# Loaded once, in the fork server: to load it in each trial would take a third of a millisecond.
+# Loaded once, in the fork server: loading it takes a third of a millisecond.
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -52,17 +52,17 @@ def become_subreaper() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the parent of this pid dies, at once if it has died already."""
+    """Be killed when the parent with this pid dies, at once if it has already died."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def raise_priority() -> None:
-    """Let this process run as soon as it wakes up, as far as that is permitted.
+    """Let this process run as soon as it wakes up, where permitted.
 
-    It sleeps nearly all of the time. By default its timers are 50 µs late, and a busy host runs it
-    some milliseconds late, in which a trial takes many MiB. Its forks do not inherit this.
+    It sleeps nearly all of the time. By default its timers are 50 µs late, and a busy host delays
+    it by milliseconds, in which a trial allocates many MiB. Its forks do not inherit this.
     """
     with contextlib.suppress(OSError):
         _prctl(_PR_SET_TIMERSLACK, 1)
@@ -95,11 +95,31 @@ def enlarge_signal_stack() -> None:
     """
     global _signal_stack
     assert _libc is not None
-    # The one before is in use until it is replaced.
+    # The previous stack is in use until it is replaced.
     new = ctypes.create_string_buffer(_SIGNAL_STACK_SIZE)
     stack = _SignalStack(ctypes.addressof(new), 0, _SIGNAL_STACK_SIZE)
     if _libc.sigaltstack(ctypes.byref(stack), None) == 0:
         _signal_stack = new
+
+
+def caught_signals(numbers: Iterable[int]) -> list[int]:
+    """Return those of these signals that this process or a library in it has handlers for."""
+    text = _read(os.getpid(), "status").partition(b"\nSigCgt:")[2]
+    mask = int(text.split(None, 1)[0], 16) if text else 0
+    return [number for number in numbers if mask >> (number - 1) & 1]
+
+
+# More than any system's `struct sigaction`, which begins with the handler's address.
+_SIGACTION_SIZE = 512
+
+
+def signal_handler(number: int) -> int | None:
+    """Return the address of the handler of a signal, in the machine code of any library."""
+    assert _libc is not None
+    action = ctypes.create_string_buffer(_SIGACTION_SIZE)
+    if _libc.sigaction(number, None, action) != 0:
+        return None
+    return ctypes.c_void_p.from_buffer(action).value
 
 
 def uses_cuda() -> bool:
@@ -186,12 +206,16 @@ def is_exiting(pid: int) -> bool:
 
 
 def describe_process(pid: int) -> str:
-    words = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+    command = _read(pid, "cmdline")
+    if command == _read(os.getpid(), "cmdline"):
+        # The command is this library's, or the script's, and says nothing of what the fork does.
+        return f"a fork of the trial (pid {pid})"
+    words = command.replace(b"\0", b" ").decode(errors="replace").strip()
     return f"{words[:80] or 'a process'} (pid {pid})"
 
 
 def is_cleaner(pid: int) -> bool:
-    """Return whether a process cleans up after others and then ends by itself."""
+    """Return whether a process cleans up after others, then ends by itself."""
     command = _read(pid, "cmdline")
     return any(name in command for name in _CLEANERS)
 
@@ -216,7 +240,7 @@ class StudySuspension:
         self._stopped: list[int] = []
 
     def update(self) -> bool:
-        """Stop or continue the tree as the study's process is; return whether it is stopped."""
+        """Stop or continue the tree along with the study; return whether it is stopped."""
         if self._study is not None and process_state(self._study) == "T":
             # Parents first, which start no further child then. Processes that were stopped before
             # stay out, as they are not to be continued.

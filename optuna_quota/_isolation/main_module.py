@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import functools
 import importlib.machinery
 import inspect
+import math
 import os
 import sys
 import tokenize
@@ -35,19 +36,19 @@ MAIN_NAMES = ("__main__", "__mp_main__")
 class MainModule:
     """How to make the main module in a trial's process."""
 
-    # The script; None without one, as in a notebook: all is then sent by value
+    # The script; None without one, as in a notebook: everything is then sent by value
     file: str | None = None
     name: str | None = None  # The module that runs by ``-m``, else None
     package: str | None = None  # Its package, for relative imports
     statements: frozenset[int] = frozenset()  # The indices of the top-level statements to run
-    # The names that these bind and nothing rebinds: what has one is sent by name
+    # The names that these bind and nothing rebinds: such objects are sent by name
     names: frozenset[str] = frozenset()
     modified: int = 0  # When the script was last changed, in nanoseconds
-    # Whether a trial's process has it from the fork server; else the trial makes it
+    # Whether the fork server has created it; else the trial does
     is_made: bool = False
 
     def without_statements(self) -> MainModule:
-        """Return the module without content, for where its statements fail."""
+        """Return the module without content, in case its statements fail."""
         return MainModule(self.file, self.name, self.package)
 
 
@@ -61,28 +62,31 @@ def find_main_module() -> MainModule:
         return MainModule(file, name, package)
     with contextlib.suppress(OSError, SyntaxError, ValueError):
         modified = os.stat(file).st_mtime_ns
-        whole = _can_import(main, _parse(file, modified))
+        line = running_line(main)
+        whole = _can_import(main, _parse(file, modified), line)
         if _is_current(file, modified, vars(main)):
-            return MainModule(file, name, package, *_choose(file, modified, whole), modified)
+            chosen = _choose(file, modified, whole, math.inf if line is None else line)
+            return MainModule(file, name, package, *chosen, modified)
     return MainModule(file, name, package)
 
 
-def _can_import(main: types.ModuleType, tree: ast.Module) -> bool:
+def _can_import(main: types.ModuleType, tree: ast.Module, line: int | None) -> bool:
     """Return whether importing the script would not run the study again."""
     if main.__name__ == MAIN_NAMES[1]:
         # A worker of multiprocessing has just done so.
         return True
     guards = [s for s in tree.body if is_guard(s)]
-    line = running_line(main)
     if line is None:
         return bool(guards)
     return any(s.lineno <= line <= (s.end_lineno or s.lineno) for s in guards)
 
 
 @functools.lru_cache(maxsize=4)
-def _choose(file: str, modified: int, whole: bool) -> tuple[frozenset[int], frozenset[str]]:
+def _choose(
+    file: str, modified: int, whole: bool, line: float
+) -> tuple[frozenset[int], frozenset[str]]:
     tree = _parse(file, modified)
-    chosen = tree.body if whole else definitions(tree.body)
+    chosen = tree.body if whole else definitions(tree.body, line)
     places = frozenset(place for place, s in enumerate(tree.body) if s in chosen)
     return places, frozenset(bound_once(tree, chosen))
 
@@ -103,12 +107,12 @@ def make_main_module(found: MainModule) -> None:
         exec(_compile(found), vars(main))
 
 
-# A main module that is no longer referred to would be cleared, and with it the code that runs.
+# Without a reference, the old main module would be cleared, with the code that runs.
 _former_mains: list[types.ModuleType | None] = []
 
 
 def running_line(main: types.ModuleType) -> int | None:
-    """Return the line of the main module that is being run now, None when all of it has run."""
+    """Return the line of the main module that is running, None if it has run to its end."""
     lines = [frame.f_lineno for frame in module_frames() if frame.f_globals is vars(main)]
     return lines[-1] if lines else None
 
@@ -128,7 +132,7 @@ def _parse(file: str, modified: int) -> ast.Module:
 
 
 def _is_current(file: str, modified: int, namespace: dict[str, Any]) -> bool:
-    """Return whether the file still holds the code that runs here, or was edited since."""
+    """Return whether the file still holds the code that runs here, not an edited version."""
     on_disk = _functions_on_disk(file, modified)
     functions = [v for v in list(namespace.values()) if isinstance(v, types.FunctionType)]
     return all(
@@ -151,21 +155,46 @@ def _functions_on_disk(file: str, modified: int) -> dict[str, types.CodeType]:
     return {c.co_name: c for c in found if counts[c.co_name] == 1}
 
 
-def definitions(body: Iterable[ast.stmt]) -> list[ast.stmt]:
+def definitions(body: Iterable[ast.stmt], line: float = math.inf) -> list[ast.stmt]:
     """Return the imports, definitions and constants among statements.
 
-    A definition that needs another name at once, such as that of a decorator which a call has
-    made, is left out.
+    And what replaces a part of an imported library before a line, as in ``np.float = float``. A
+    definition is left out if it immediately needs a name that is not defined, such as that of a
+    decorator made by a call.
     """
     chosen: list[ast.stmt] = []
     known = set(dir(builtins)) | {"__name__", "__file__", "__doc__"}
+    imported: set[str] = set()
     for statement in body:
-        if _is_definition(statement) and needed_names(statement) <= known:
+        changed = _changed_names(statement)
+        is_definition = _is_definition(statement) and changed <= imported
+        if (
+            is_definition
+            and not (changed and statement.lineno > line)
+            and needed_names(statement) <= known
+        ):
             chosen.append(statement)
             known |= bound_names(statement)
+            imported |= _imported_names(statement) - _OF_PROCESS
         else:
             known -= bound_names(statement)
     return chosen
+
+
+# Attributes that a script has set there have their present values in trials.
+_OF_PROCESS = {"os", "sys"}
+
+
+def _changed_names(statement: ast.stmt) -> set[str]:
+    """Return the names of the objects whose attributes a statement sets."""
+    nodes = [node for node in _evaluated(statement) if isinstance(node, ast.Attribute)]
+    return {_root_name(node) for node in nodes if isinstance(node.ctx, ast.Store)}
+
+
+def _imported_names(statement: ast.stmt) -> set[str]:
+    nodes = _evaluated(statement)
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {name for node in imports for name in bound_names(node)}
 
 
 _GUARDS = ("__name__ == '__main__'", "'__main__' == __name__")
@@ -192,7 +221,7 @@ def _is_definition(statement: ast.stmt) -> bool:
         return isinstance(statement.value, ast.Constant)
     if isinstance(statement, (ast.Assign, ast.AnnAssign)):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        simple = all(isinstance(target, ast.Name) for target in targets)
+        simple = all(isinstance(target, (ast.Name, ast.Attribute)) for target in targets)
         return simple and (statement.value is None or _is_constant(statement.value))
     if isinstance(statement, ast.If):
         inside = [*statement.body, *statement.orelse]
@@ -210,13 +239,21 @@ _CALLING = (
 )
 
 
+# Calls that only read, or create something to call later.
+_PURE = {"functools.partial", "getattr", "hasattr", "partial"}
+
+
 def _is_constant(expression: ast.expr) -> bool:
-    """Return whether an expression calls and iterates over nothing, and binds no names."""
-    return not any(isinstance(node, _CALLING) for node in _evaluated(expression))
+    """Return whether an expression has no iterations, assignments and calls except pure ones."""
+    return not any(
+        isinstance(node, _CALLING)
+        and not (isinstance(node, ast.Call) and ast.unparse(node.func) in _PURE)
+        for node in _evaluated(expression)
+    )
 
 
 def needed_names(statement: ast.stmt) -> set[str]:
-    """Return the names that a definition looks up at once, not when it is called."""
+    """Return the names that a definition looks up when it is executed, not when it is called."""
     found: set[str] = set()
     bound_within: set[str] = set()
     for node in _evaluated(statement):
@@ -231,7 +268,7 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def _evaluated(root: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that are evaluated at once: all but the bodies of functions."""
+    """Yield the nodes that are evaluated immediately: all but the bodies of functions."""
     todo: list[ast.AST] = [root]
     while todo:
         node = todo.pop()

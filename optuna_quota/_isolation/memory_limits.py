@@ -1,9 +1,9 @@
-"""Limits that the kernel and frameworks keep: RLIMIT_DATA, RLIMIT_CPU, a control group, GPU caps.
+"""Limits that the kernel and frameworks enforce: RLIMIT_DATA, RLIMIT_CPU, cgroups, GPU caps.
 
-By default the supervisor judges memory and no ``RLIMIT_DATA`` is set: it counts private writable
-memory whether touched or not (stacks of threads, arenas, ``np.zeros``, private mappings of files),
-and no shared memory. It makes an allocation fail that would pass the limit, and is what
-``strict_memory=True`` asks for.
+By default the supervisor enforces the memory limit and no ``RLIMIT_DATA`` is set. The latter
+counts private writable memory, touched or not (thread stacks, arenas, ``np.zeros``, private
+mappings of files), and no shared memory; allocations beyond it fail. ``strict_memory=True`` sets
+it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 from optuna_quota._isolation.modules import after_import
+from optuna_quota._metering.linux_process import LinuxProcess, MemorySnapshot, read_huge_pages
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
@@ -27,9 +28,9 @@ _logger = logging.getLogger("optuna.quota.isolated")
 # memory: a trial is killed before the study that started it.
 OOM_SCORE = 800
 
-# Room below which RLIMIT_DATA does more harm than good: native libraries that are refused their
-# first buffers (OpenBLAS: 32 MiB a thread) end or hang where Python would raise. The supervisor
-# alone enforces the limit of such a trial.
+# With less room, RLIMIT_DATA is not set: native libraries that can't allocate their first buffers
+# (OpenBLAS: 32 MiB per thread) exit or hang where Python would raise. The supervisor alone
+# enforces the limit then.
 MIN_ROOM = 64 * 2**20
 _BUFFER = 40 * 2**20
 
@@ -40,9 +41,9 @@ def has_room(memory: float, used: int, cores: int) -> bool:
 
 
 def data_limit(data: int, used: float, memory: float) -> int:
-    """Return the RLIMIT_DATA under which the memory in use can't pass a limit, in bytes.
+    """Return the RLIMIT_DATA with which the memory in use can't exceed a limit, in bytes.
 
-    ``data`` is what it counts now.
+    ``data`` is the memory that it counts now.
     """
     return min(data + max(0, math.floor(memory - used)), sys.maxsize)
 
@@ -62,8 +63,6 @@ def limit_memory(memory: float) -> int | None:
         return None
     import resource
 
-    from optuna_quota._metering.linux_process import LinuxProcess
-
     with contextlib.closing(LinuxProcess(os.getpid())) as process:
         used = process.proportional_memory().proportional
     if not has_room(memory, used, os.cpu_count() or 1):
@@ -71,13 +70,13 @@ def limit_memory(memory: float) -> int | None:
     soft, (_, hard) = data_limit(data, used, memory), resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         soft = min(soft, hard)
-    # Soft, so that the handling of the error itself, and the supervisor, can raise it again.
+    # Soft, so that error handling and the supervisor can raise it again.
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
     return soft
 
 
 def may_exceed(memory: float | None) -> bool:
-    """Return whether this process may be over a memory limit already; cheap and not exact.
+    """Return whether this process may already exceed a memory limit; cheap and approximate.
 
     Memory that it shares with others counts in full here.
     """
@@ -87,7 +86,7 @@ def may_exceed(memory: float | None) -> bool:
 
 
 def lift_memory_limit() -> None:
-    """Raise the soft limit as far as it goes: the handling of an error needs memory."""
+    """Raise the soft limit to the hard limit: handling an error needs memory."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -96,16 +95,16 @@ def lift_memory_limit() -> None:
 
 
 class DataLimit:
-    """Keeps a child's RLIMIT_DATA, at first ``soft``, at what its memory may still grow by.
+    """Adjusts a child's RLIMIT_DATA, at first ``soft``, to the memory that it may still allocate.
 
-    Memory that is mapped and stays untouched for a while (stacks of threads, arenas, a sparse
-    array) does not count toward the limit, so the same amount is added. Not at once: an array that
-    is just being filled is untouched for a moment.
+    Mapped memory that stays untouched for a while (thread stacks, arenas, a sparse array) does not
+    count toward the limit, so the same amount is added. Not immediately: an array that is being
+    filled is untouched for a moment.
     """
 
     PERIOD = 0.1
-    # While there is something to add: a library's threads and their buffers come within a moment,
-    # and what the trial needs next would be refused because of them.
+    # While there is something to add: a library allocates the buffers of its threads all at once,
+    # and the trial's next allocation would fail because of them.
     FAST_PERIOD = 0.02
     MIN_CHANGE = 4 * 2**20
     WINDOW = 5
@@ -132,7 +131,7 @@ class DataLimit:
 
         with contextlib.suppress(OSError, ValueError):
             now, hard = resource.prlimit(self._pid, resource.RLIMIT_DATA)
-            # One that the trial has changed itself, or that was lifted at its end, is left alone.
+            # A limit that the trial has changed itself, or that was lifted at its end, stays.
             if now == self._soft != soft and (hard == resource.RLIM_INFINITY or soft <= hard):
                 resource.prlimit(self._pid, resource.RLIMIT_DATA, (soft, hard))
                 self._soft = soft
@@ -142,8 +141,8 @@ class DataLimit:
 def limit_cpu_time(cpu_time: float, grace_period: float) -> None:
     """Let the kernel stop this process when its own CPU time, in seconds, is used up.
 
-    A backstop: the kernel counts whole seconds of one process, the metering the tree's, and is
-    first. The grace period lies between SIGXCPU and SIGKILL.
+    A backstop: the metering, which measures the whole tree, is faster. The kernel counts whole
+    seconds of one process. The grace period is the time from SIGXCPU to SIGKILL.
     """
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -171,6 +170,13 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def own_memory() -> MemorySnapshot | None:
+    """Return this process's memory and its peak, None where /proc does not tell."""
+    with contextlib.suppress(OSError), contextlib.closing(LinuxProcess(os.getpid())) as process:
+        return process.snapshot(read_huge_pages())
+    return None
+
+
 # Control groups.
 
 _MOUNT = Path("/sys/fs/cgroup")
@@ -188,7 +194,7 @@ def own_cgroup(mount: Path = _MOUNT) -> Path | None:
 
 
 def find_delegated(start: Path | None, mount: Path = _MOUNT) -> Path | None:
-    """Return the nearest group, from this one up, in which groups with a limit may be made."""
+    """Return the nearest group, from this one up, in which groups with a limit can be created."""
     while start is not None and (start == mount or mount in start.parents):
         if _is_delegated(start):
             return start
@@ -201,7 +207,7 @@ def _is_delegated(folder: Path) -> bool:
         controllers = (folder / "cgroup.subtree_control").read_text(encoding="utf-8").split()
     except OSError:
         return False
-    # To move a process, the common ancestor of its old and new group must be writable as well.
+    # Moving a process requires a writable common ancestor of its old and new group.
     return (
         "memory" in controllers
         and os.access(folder, os.W_OK)
@@ -213,10 +219,10 @@ _numbers = itertools.count()
 
 
 class Cgroup:
-    """The control group of one trial in a folder where the system delegates one, else OSError.
+    """The control group of one trial; raises OSError unless the folder is delegated.
 
-    With it the kernel counts the memory of the whole tree, shared memory and files in tmpfs
-    included, and kills the tree at once.
+    With it the kernel counts the memory of the whole tree, including shared memory and files in
+    tmpfs, and kills the tree at once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -227,7 +233,7 @@ class Cgroup:
         (self._folder / "cgroup.procs").write_text(str(pid))
 
     def limit_memory(self, room: float) -> None:
-        """Set what the group may hold beyond what it holds now, in bytes.
+        """Set how much more than now the group may hold, in bytes.
 
         Pages that the trial shares with the fork server are charged to the fork server's group, so
         the limit is set by what may yet be added. Clean pages of files do not count: the kernel
@@ -264,8 +270,8 @@ class Cgroup:
         return {pair[0]: int(pair[1]) for pair in fields if len(pair) == 2}
 
 
-# GPU memory. NVML shows what a process holds, not what it is about to allocate. A framework with a
-# cap fails its own allocation, and the error is recognized as a breach.
+# GPU memory. NVML shows what a process holds, not what it is about to allocate. In a framework
+# with a cap, the allocation fails, and the error is recognized as a breach.
 
 
 def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
@@ -284,7 +290,7 @@ def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
     if device_memory:
         fraction = math.floor(1e4 * min(1.0, gpu_memory / device_memory)) / 1e4
         _set_at_most("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction, f"{fraction:.4f}")
-    # A share of the device, which CuPy takes too ("50%"), is no smaller for sure.
+    # A share of the device, which CuPy accepts too ("50%"), may be larger.
     _set_at_most("CUPY_GPU_MEMORY_LIMIT", gpu_memory, str(int(gpu_memory)))
     after_import("torch.cuda", lambda module: cap_torch(module, gpu_memory))
     after_import("tensorflow", lambda module: cap_tensorflow(module, gpu_memory))
@@ -300,14 +306,14 @@ def _set_at_most(name: str, most: float, text: str) -> None:
 
 
 def cap_torch(cuda: Any, gpu_memory: float) -> None:
-    """Cap torch's allocator on each device at so many bytes, as soon as CUDA is used."""
+    """Cap torch's allocator on each device, in bytes, as soon as CUDA is used."""
 
     def cap() -> None:
         for device in range(cuda.device_count()):
             total = cuda.get_device_properties(device).total_memory
             cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / total), device)
 
-    # Torch's queue of calls at initialization: to initialize CUDA here would take GPU memory for
+    # Torch's queue of calls at initialization: initializing CUDA here would take GPU memory in
     # trials that never use it.
     lazily = getattr(cuda, "_lazy_call", None)
     if lazily is not None:
@@ -317,9 +323,9 @@ def cap_torch(cuda: Any, gpu_memory: float) -> None:
 
 
 def cap_tensorflow(tensorflow: Any, gpu_memory: float) -> None:
-    """Cap TensorFlow's allocator on each device at so many bytes.
+    """Cap TensorFlow's allocator on each device, in bytes.
 
-    To list the devices takes no GPU memory.
+    Listing the devices takes no GPU memory.
     """
     config = tensorflow.config
     try:
@@ -327,7 +333,7 @@ def cap_tensorflow(tensorflow: Any, gpu_memory: float) -> None:
             cap = config.LogicalDeviceConfiguration(memory_limit=gpu_memory / 2**20)
             config.set_logical_device_configuration(device, [cap])
     except (AttributeError, RuntimeError, ValueError) as error:
-        # A version without it, or one that has started already: the meter judges alone.
+        # Not supported by this version, or already initialized: the meter alone enforces it.
         _logger.info(f"TensorFlow got no cap on its GPU memory: {error}")
         return
     set_growth = config.experimental.set_memory_growth
@@ -360,7 +366,7 @@ def _torch_peak(torch: Any) -> Any:
 
 
 def _jax_peak(jax: Any) -> Any:
-    # To ask for the devices would start the backend.
+    # Listing the devices would start the backend.
     if not sys.modules["jax._src.xla_bridge"]._backends:
         return 0.0
     counters = [d.memory_stats() for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
@@ -368,7 +374,7 @@ def _jax_peak(jax: Any) -> Any:
 
 
 def _tensorflow_peak(tensorflow: Any) -> Any:
-    # To ask for the devices would start the runtime.
+    # Listing the devices would start the runtime.
     context = sys.modules["tensorflow.python.eager.context"]._context
     if context is None or not context._initialized:
         return 0.0

@@ -9,8 +9,12 @@ from typing import Any, Literal
 from optuna_quota._isolation.channel import SentError
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
+from optuna_quota._isolation.lost_changes import Variables
 from optuna_quota._isolation.output import OutputSettings
+from optuna_quota._isolation.payload import Content
 from optuna_quota._isolation.rpc import Address, TrialHandle
+from optuna_quota._isolation.signals import SignalState
+from optuna_quota._metering.linux_process import MemorySnapshot
 from optuna_quota._usage import Breach
 from optuna_quota.exceptions import LimitBreached
 
@@ -20,17 +24,17 @@ from optuna_quota.exceptions import LimitBreached
 
 @dataclass(frozen=True)
 class BeginMonitoring:
-    """The trial's process is in use from now on; always the first message.
+    """The first message: a trial uses this process from now on.
 
-    It has all that the supervisor needs to enforce the memory limit from the trial's
-    :class:`Ready` on, however busy the study's interpreter is then.
+    With it, the supervisor can enforce the memory limit from the trial's :class:`Ready` on,
+    however busy the study's interpreter is.
     """
 
     grace_period: float
     memory: float | None  # The limit in bytes, None without one
     quota: bool  # Whether it is what is left of a quota
     elapsed: float
-    # How many processes outside of the trial hold, at least, what it was forked with
+    # At least how many processes outside of the trial share the memory that it was forked with
     outsiders: int = 0
 
 
@@ -48,7 +52,7 @@ class StopTrial:
 
 @dataclass(frozen=True)
 class ExitWithin:
-    """The result has arrived: kill what is left of the trial after so many seconds."""
+    """The result has arrived: kill what is left of the trial after this many seconds."""
 
     seconds: float
 
@@ -63,7 +67,7 @@ class KillTrial:
 
 @dataclass(frozen=True)
 class ProcessStarted:
-    """The trial's process exists, and so does its supervisor, if that is a process, by its pid."""
+    """The trial's process has started, with the pid of its supervisor, if that is a process."""
 
     supervisor: int | None = None
 
@@ -79,7 +83,7 @@ class BreachFound:
 
 @dataclass(frozen=True)
 class ProcessPaused:
-    """A signal has stopped the trial's process; it is killed after so many seconds of that."""
+    """A signal has suspended the trial's process; it is killed after this many seconds."""
 
     timeout: float
 
@@ -89,12 +93,12 @@ Killer = Literal["breach", "request", "stopped"]
 
 @dataclass(frozen=True)
 class ExitReport:
-    """How the trial's process ended; sent when none of the trial's is left, or can be killed."""
+    """How the trial's process ended; sent once no process of it is left, or can be killed."""
 
     # The exit code of the trial's process, negative for a signal; None if unknown
     exitcode: int | None
-    # Why the supervisor killed it: a breach, a request of the study's process, or that a signal
-    # had stopped it for too long; None when it ended by itself
+    # Why the supervisor killed it: a breach, a request of the study's process, or a suspension
+    # that lasted too long; None when it ended by itself
     killer: Killer | None = None
     memory: float | None = None  # The highest memory of the tree that was measured, in bytes
     # A peak between two measurements, by the kernel's own counters, in bytes
@@ -104,7 +108,7 @@ class ExitReport:
     oom_kills: int = 0  # Kills by the kernel's out-of-memory killer on this host meanwhile
     cgroup_oom_kills: int = 0  # Such kills in the trial's own control group
     traceback: str = ""  # The Python traceback of a process that died of a signal
-    stuck: str = ""  # What could not be ended, one sentence; empty when nothing is left
+    stuck: str = ""  # Which processes could not be killed, one sentence; else empty
 
 
 # From the study's process to the trial's own.
@@ -122,26 +126,25 @@ class StartTrial:
     device_memory: float | None  # The memory of the smallest visible GPU, in bytes
     cores: Cores | None  # The cores that it is confined to, None for all
     grace_period: float
-    objective: bytes | None  # The pickled objective; None when the process inherited it
-    # The bytes of each buffer that follows, and whether it is read-only
-    buffers: Sequence[tuple[int, bool]]
+    objective: Content | None  # The payload that follows; None if the process inherited it
     strict_memory: bool
-    # Signals to the whole job that the study's process handles for it
-    worker_signals: tuple[int, ...]
+    signals: SignalState
 
 
 @dataclass(frozen=True)
 class InheritedObjective:
-    """What a fork of the study's process has without being sent it: messages and objective.
+    """Messages and objective that a fork of the study's process inherits.
 
-    And the random generators that the script holds: to look for them in the fork would touch each
-    value there, and with it copy the page.
+    Also the script's random generators, files and variables: searching for them in the fork would
+    copy each page.
     """
 
     start: StartTrial
     monitoring: BeginMonitoring
     objective: Any
     generators: Sequence[Any]
+    files: Sequence[Any]  # Without anything in their buffers
+    variables: Variables
 
 
 # From the trial's process.
@@ -156,8 +159,9 @@ class Ready:
     # process
     supervisor: int | None
     data_limit: int | None  # The ``RLIMIT_DATA`` that makes allocations fail, None without
-    # Whether the objective begins once the supervisor has measured the trial without it
+    # Whether the objective waits until the supervisor has measured the trial without it
     waits: bool
+    memory: MemorySnapshot | None  # Its memory so far, for its supervisor
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,10 @@ class Outcome:
     stop_requested: bool = field(default=False, kw_only=True)
     # The peak of GPU memory by the frameworks' own counters, in bytes
     gpu_memory: float | None = field(default=None, kw_only=True)
+    # The modules that trials after this one should find loaded
+    late_imports: tuple[str, ...] = field(default=(), kw_only=True)
+    # The variables of the script that the trial has changed in its own process
+    changed: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,7 @@ class Returned(Outcome):
 
 @dataclass(frozen=True)
 class FailedAllocation:
-    """An allocation that failed, of how many bytes if the error says so, and its message."""
+    """A failed allocation: its bytes, if the error names them, and the message."""
 
     resource: Literal["memory", "gpu_memory"]
     requested: float | None = None
@@ -188,7 +196,7 @@ class FailedAllocation:
 
 @dataclass(frozen=True)
 class Raised(Outcome):
-    """The objective raised an error, which may come of a failed allocation."""
+    """The objective raised an error, possibly due to a failed allocation."""
 
     error: SentError
     failed_allocation: FailedAllocation | None = None
@@ -196,7 +204,7 @@ class Raised(Outcome):
 
 @dataclass(frozen=True)
 class Exited(Outcome):
-    """The objective called ``sys.exit``: the exit code, and the argument as it would be typed."""
+    """The objective called ``sys.exit``: the exit code, and its argument as text."""
 
     code: int
     argument: str
@@ -204,6 +212,6 @@ class Exited(Outcome):
 
 @dataclass(frozen=True)
 class Unsendable(Outcome):
-    """The objective returned, or sent, an object that can't be sent; the reason is a sentence."""
+    """The objective returned or sent an object that can't be sent; the reason is a sentence."""
 
     reason: str

@@ -1,22 +1,16 @@
-"""Modules: which are the user's own, what to load before trials are forked, what to carry over.
-
-A script that sets ``config.SCALE = 10`` or ``Config.epochs = 3`` in a module of the user's means
-its trials as well, which import that module again.
-"""
+"""Finds the user's own modules, and the modules to load before trials are forked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import functools
 import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import operator
 import os
 from pathlib import Path
-import pickle
 import re
 import site
 import sys
@@ -26,29 +20,33 @@ import types
 from typing import Any
 
 
-# Each trial imports these itself: they start threads when imported or can't be used after a fork,
-# or use the GPU.
+# Each trial imports these itself: they start threads on import, can't be used after a fork, or use
+# the GPU.
 _THREADED = {
     *("eventlet", "gevent", "grpc", "horovod", "jax", "jaxlib", "mpi4py", "numba", "pyspark"),
     *("ray", "tensorflow"),
 }
 _ON_GPU = {"cudf", "cuml", "cupy", "pycuda", "pynvml"}
-_NEVER = {*_THREADED, *_ON_GPU, "__main__", "__mp_main__"}
+LEFT_TO_TRIALS = {*_THREADED, *_ON_GPU, "__main__", "__mp_main__"}
 # They run the user's code, or belong to this library.
 _NOTEBOOKS = {"IPython", "ipykernel", "ipywidgets"}
 _TEST_TOOLS = {"_pytest", "debugpy", "hypothesis", "pluggy", "pydevd", "pytest"}
 _HOSTS = {*_NOTEBOOKS, *_TEST_TOOLS, "optuna_quota"}
-# Imported by this library and Optuna for their models; left out unless the user's code names them.
+# Imported by this library and Optuna for their own models: loaded only if the user's code names
+# them.
 _OF_MODELS = {"cmaes", "pandas", "patsy", "scipy", "statsmodels"}
 
 
 # What to load before trials are forked.
 
+# The code behind `os.environ.update` and the like.
+_OF_ENVIRON = {os.environ.copy.__code__.co_filename, os.environ.update.__code__.co_filename}
+
 
 def modules_to_preload(*, everything: bool) -> list[str]:
-    """Return the modules of this process that trials are to find loaded, in order.
+    """Return the modules of this process to load for trials, in order.
 
-    Of all that are imported, or of the packages alone that the user's own code names.
+    Either all imported modules, or only those of packages that the user's own code names.
     """
     own = user_modules()
     packages = {_package(module.__name__) for module in own}
@@ -60,12 +58,51 @@ def modules_to_preload(*, everything: bool) -> list[str]:
     return can_preload(name for name in list(sys.modules) if _package(name) in packages)
 
 
+class LateImports:
+    """Records which modules of loaded packages a trial imports, to load them for later trials.
+
+    Many packages import parts of themselves on first use, torch 800 modules with its first
+    optimizer: over a second of each trial. If the user's code sets environment variables in a
+    trial, which these modules may read on import, each trial continues to import them itself.
+    """
+
+    def __init__(self) -> None:
+        self._loaded = set(sys.modules)
+        self._sets_variables = False
+        for name in ("__setitem__", "__delitem__"):
+            self._watch(type(os.environ), name)
+
+    def _watch(self, cls: Any, name: str) -> None:
+        method = getattr(cls, name)
+
+        def watched(environ: Any, *args: str) -> None:
+            frame = sys._getframe(1)
+            while frame.f_back is not None and frame.f_code.co_filename in _OF_ENVIRON:
+                frame = frame.f_back
+            if environ is os.environ and not is_installed(frame.f_code.co_filename):
+                self._sets_variables = True
+            method(environ, *args)
+
+        setattr(cls, name, watched)
+
+    def found(self) -> tuple[str, ...]:
+        if len(sys.modules) == len(self._loaded) or self._sets_variables:
+            return ()
+        packages = {_package(name) for name in self._loaded} - _HOSTS
+        late = [name for name in list(sys.modules) if name not in self._loaded]
+        return tuple(
+            name
+            for name in can_preload(name for name in late if _package(name) in packages)
+            if is_installed(getattr(sys.modules[name], "__file__", None) or "")
+        )
+
+
 def can_preload(names: Iterable[str]) -> list[str]:
-    return [name for name in names if _package(name) not in _NEVER and _is_loaded(name)]
+    return [name for name in names if _package(name) not in LEFT_TO_TRIALS and _is_loaded(name)]
 
 
 def _is_loaded(name: str) -> bool:
-    """Return whether a module is loaded under its own name, and not half imported."""
+    """Return whether a module is completely imported, under its own name."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return spec is not None and spec.name == name and not getattr(spec, "_initializing", False)
 
@@ -92,7 +129,7 @@ def _packages_of_globals(module: types.ModuleType | None) -> set[str]:
 
 
 def user_modules() -> list[types.ModuleType]:
-    """Return the user's own modules: those of files that were not installed, but ``__main__``."""
+    """Return the user's own modules, whose files were not installed, without ``__main__``."""
     return list(_user_modules(loaded_modules()))
 
 
@@ -108,7 +145,11 @@ def _user_modules(loaded: tuple[int, str]) -> list[types.ModuleType]:
 
 
 def _is_users(name: str, module: types.ModuleType | None) -> bool:
-    if name in _NEVER or _package(name) in _HOSTS or not isinstance(module, types.ModuleType):
+    if (
+        name in LEFT_TO_TRIALS
+        or _package(name) in _HOSTS
+        or not isinstance(module, types.ModuleType)
+    ):
         return False
     file = getattr(module, "__file__", None)
     return file is not None and not is_installed(file)
@@ -137,9 +178,9 @@ def _installed_prefixes(searched: Sequence[Any]) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _packages_in(folder: str) -> list[str]:
-    """Return the paths of what ``pip install --target`` has put there, as on a shared disk.
+    """Return the paths of what ``pip install --target`` has installed in a folder.
 
-    By name, as an application and its libraries may stand in one folder.
+    By name, as an application may be in the same folder as its libraries.
     """
     found = set()
     with contextlib.suppress(OSError):
@@ -159,7 +200,7 @@ def module_frames() -> Iterator[types.FrameType]:
             at = at.f_back
 
 
-# Held while garbage collection is off: of two threads, one would leave it off for good.
+# Held while garbage collection is off: two threads at once could leave it off permanently.
 _no_collection = threading.RLock()
 
 if hasattr(os, "register_at_fork"):
@@ -173,9 +214,9 @@ if hasattr(os, "register_at_fork"):
 def _current_frames() -> list[types.FrameType]:
     """Return the innermost frame of each thread.
 
-    Python 3.11 before 3.11.9 holds its lock on the list of threads meanwhile. A collection within
-    waits for it without end, with the interpreter lock held, if it frees a ``threading.local``,
-    which each study has: https://github.com/python/cpython/issues/106883.
+    Python 3.11 before 3.11.9 holds its lock on the list of threads meanwhile. A garbage collection
+    at that moment is a deadlock if it frees a ``threading.local``, which each study has:
+    https://github.com/python/cpython/issues/106883.
     """
     with _no_collection:
         is_on = gc.isenabled()
@@ -188,9 +229,9 @@ def _current_frames() -> list[types.FrameType]:
 
 
 def modules_being_imported() -> list[types.ModuleType]:
-    """Return the user's own modules that are still being imported, but ``__main__``.
+    """Return the user's own modules that are still being imported, except ``__main__``.
 
-    Their import in another process would do again what it does here, such as running a study.
+    Importing them in another process would repeat what they do here, such as running a study.
     """
     found: dict[str, types.ModuleType] = {}
     for frame in module_frames():
@@ -201,6 +242,57 @@ def modules_being_imported() -> list[types.ModuleType]:
     return list(found.values())
 
 
+def modules_without_import() -> list[types.ModuleType]:
+    """Return the modules that no other process can import by their name.
+
+    They were created by code, or loaded from a path, as OptunaHub loads its packages.
+    """
+    return list(_modules_without_import(loaded_modules(), tuple(sys.path)))
+
+
+@functools.lru_cache(maxsize=1)
+def _modules_without_import(
+    loaded: tuple[int, str], path: tuple[Any, ...]
+) -> list[types.ModuleType]:
+    of_files = [module for module in user_modules() if not _is_found(module.__name__)]
+    made = [m for name, m in sys.modules.copy().items() if _is_made_by_code(name, m)]
+    return [m for m in (*of_files, *made) if sys.modules.get(m.__name__) is m]
+
+
+def _is_found(name: str) -> bool:
+    """Return whether an import by this name finds the file that is loaded under it."""
+    parent, module = name.rpartition(".")[0], sys.modules.get(name)
+    path = getattr(sys.modules.get(parent), "__path__", None)
+    if parent and (path is None or not _is_found(parent)):
+        return False
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path)
+        if spec is not None:
+            file = getattr(module, "__file__", None)
+            return file is None or not spec.has_location or _is_same_file(file, str(spec.origin))
+    return False
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    with contextlib.suppress(OSError):
+        return path == other or os.path.samefile(path, other)
+    return False
+
+
+def _is_made_by_code(name: str, module: types.ModuleType | None) -> bool:
+    # Libraries create some of their submodules, and do so in the trial as well.
+    owners = (module, sys.modules.get(_package(name)))
+    return (
+        type(module) is types.ModuleType
+        and name not in LEFT_TO_TRIALS
+        and all(getattr(owner, "__spec__", None) is None for owner in owners)
+        and not hasattr(module, "__file__")
+        and any(
+            getattr(v, "__globals__", None) is vars(module) for v in list(vars(module).values())
+        )
+    )
+
+
 def modification_times(names: Iterable[str]) -> dict[str, int]:
     own = {module.__name__: module.__file__ for module in user_modules()}
     files = [file for name in names if (file := own.get(name)) is not None]
@@ -208,7 +300,7 @@ def modification_times(names: Iterable[str]) -> dict[str, int]:
 
 
 def modified(file: str) -> int:
-    """Return when a file was last changed in nanoseconds, 0 for a removed one."""
+    """Return when a file was last changed, in nanoseconds; 0 if it was removed."""
     try:
         return os.stat(file).st_mtime_ns
     except OSError:
@@ -251,137 +343,3 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             loader.exec_module = exec_module
         return spec
-
-
-# State that a script has changed.
-
-# Objects with a larger pickle are data, which the module loads itself.
-_MAX_PICKLE = 1 << 14
-_MAX_ITEMS = 200
-_CONTAINERS = (list, tuple, set, frozenset, dict)
-
-
-class _Attributes(dict[str, Any]):
-    """Attributes of a class."""
-
-
-class _Pickled(bytes):
-    """The pickle of an object, to be loaded when its module is there."""
-
-
-def is_plain(value: Any, depth: int = 4, *, subclasses: bool = False) -> bool:
-    """Return whether a value is made of numbers, texts and small containers of them.
-
-    Containers may be nested so deep, and be of subclasses, such as dictionaries with attributes.
-    """
-    if value is None or type(value) in (bool, int, float, complex, str, bytes):
-        return True
-    is_container = isinstance(value, _CONTAINERS) if subclasses else type(value) in _CONTAINERS
-    if depth == 0 or not is_container or len(value) > _MAX_ITEMS:
-        return False
-    parts = [*value, *(value.values() if isinstance(value, dict) else ())]
-    if subclasses:
-        parts += getattr(value, "__dict__", {}).values()
-    return all(is_plain(part, depth - 1, subclasses=subclasses) for part in parts)
-
-
-def plain_attributes(value: Any) -> dict[str, Any]:
-    return {
-        name: found
-        for name, found in dict(getattr(value, "__dict__", {})).items()
-        if not name.startswith("_") and is_plain(found)
-    }
-
-
-def read_module_state(modules: Iterable[types.ModuleType]) -> dict[str, bytes]:
-    """Return the pickled state of a user's modules: plain globals, class attributes, objects."""
-    found = {module.__name__: _read(module) for module in modules}
-    return {name: pickle.dumps(state) for name, state in found.items() if state}
-
-
-def _read(module: types.ModuleType) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for name, value in vars(module).copy().items():
-        if name.startswith("__") or isinstance(value, (types.ModuleType, types.FunctionType)):
-            continue
-        if isinstance(value, type):
-            if value.__module__ == module.__name__:
-                state[name] = _Attributes(plain_attributes(value))
-        elif is_plain(value):
-            state[name] = value
-        elif (data := _dump_small(value)) is not None:
-            state[name] = _Pickled(data)
-    return state
-
-
-def _dump_small(value: Any) -> bytes | None:
-    # Finding out the size of models and arrays would take too long.
-    if hasattr(type(value), "__array__"):
-        return None
-    try:
-        held = value if isinstance(value, _CONTAINERS) else vars(value)
-        if not is_plain(held, depth=5, subclasses=True):
-            return None
-        data = pickle.dumps(value)
-    except Exception:  # noqa: BLE001 - a user's __getattr__ or __reduce__ may raise anything
-        return None
-    return data if len(data) <= _MAX_PICKLE else None
-
-
-def restore_module_state(states: Mapping[str, bytes]) -> None:
-    """Set what differs, in imported modules now and in others once they are imported."""
-    for name, data in states.items():
-        after_import(name, functools.partial(_restore, data))
-
-
-def _restore(data: bytes, module: types.ModuleType) -> None:
-    for name, state in pickle.loads(data).items():
-        value = vars(module).get(name)
-        if isinstance(state, _Attributes):
-            set_attributes(value, state)
-        elif isinstance(state, _Pickled):
-            with contextlib.suppress(Exception):  # its class may be gone from an edited module
-                _assign(module, name, pickle.loads(state))
-        elif not _is_same(value, state):
-            _assign(module, name, state)
-
-
-def _assign(module: types.ModuleType, name: str, state: Any) -> None:
-    """Let a global have a value, in place where other names may refer to the same object."""
-    value: Any = vars(module).get(name)
-    if type(value) is type(state) and not hasattr(type(value), "__slots__"):
-        if isinstance(value, (dict, set)):
-            value.clear()
-            value.update(state)
-        elif isinstance(value, list):
-            value[:] = state
-        if hasattr(value, "__dict__"):
-            vars(value).clear()
-            vars(value).update(vars(state))
-        if hasattr(value, "__dict__") or isinstance(value, (dict, set, list)):
-            return
-    setattr(module, name, state)
-
-
-def set_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
-    for name, value in attributes.items():
-        if not _is_same(getattr(owner, name, None), value):
-            with contextlib.suppress(AttributeError, TypeError):  # read-only by now
-                setattr(owner, name, value)
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    return type(value) is type(other) and bool(value == other)
-
-
-def set_main_state(values: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    main = sys.modules["__main__"]
-    vars(main).update(values)
-    for path, found in attributes.items():
-        set_attributes(operator.attrgetter(path)(main), found)
-
-
-def set_module_parts(name: str, parts: Mapping[str, Any]) -> None:
-    """Set functions and classes of a module that the trial's process must not import."""
-    module = sys.modules.setdefault(name, types.ModuleType(name))
-    vars(module).update(parts)

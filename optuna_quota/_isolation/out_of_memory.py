@@ -1,7 +1,7 @@
-"""Failed allocations: recognize one behind an error, and find whether a limit was the reason.
+"""Failed allocations: recognize one behind an error, and decide whether a limit was the reason.
 
-A trial at its limit, or one that filled its GPU by itself, has breached a limit. One that found
-the GPU full of other processes' memory has failed, and nothing is to be learned from it.
+A trial at its limit, or one that filled its GPU by itself, has breached a limit. One whose GPU was
+full of other processes' memory has failed, and samplers learn nothing from it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from optuna_quota._resources import format_amount
 from optuna_quota._usage import Breach
 
 
-# Module and name of the class, what the message must contain, the kind of memory. The classes
-# belong to libraries that are not imported for this.
+# Module and name of the class, a part of the message, and the kind of memory. Names, so that no
+# library is imported for this.
 _CLASSES = (
     ("torch", "OutOfMemoryError", "", "gpu_memory"),
     ("cupy", "OutOfMemoryError", "", "gpu_memory"),
@@ -57,23 +57,23 @@ _REQUESTED = re.compile(
 )
 
 
-# What other programs write to their standard error when they are refused memory.
+# What other programs write to their standard error when an allocation fails.
 _OTHER_MESSAGES = ("std::bad_alloc", "cannot allocate memory", "can't allocate memory")
 _MAX_OUTPUT = 1 << 18
 
 
 def find_failed_allocation(error: BaseException) -> FailedAllocation | None:
-    """Return the failed allocation behind an exception, None for any other.
+    """Return the failed allocation behind an exception, None without one.
 
-    Looks through the exception's causes, and through the tracebacks and error output that it
-    quotes: of a worker of a pool or DataLoader, of a failed subprocess, of the failed fits of a
-    search. A ``MemoryError`` that Python code raised by itself is none.
+    Searches the exception's causes, and the tracebacks and error output that it quotes: of a
+    worker of a pool or DataLoader, of a failed subprocess, of failed fits of a search. A
+    ``MemoryError`` raised by Python code itself does not count.
     """
     return next(filter(None, map(_match, _chain(error))), None)
 
 
 def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
-    """Return the failed allocation at the end of a traceback in a text, None without one."""
+    """Return the failed allocation at the end of a traceback as text, None without one."""
     for name, message, source in _raised_in(text[-_MAX_OUTPUT:]):
         found = _match_named(name, {name.rpartition(".")[2]}, message)
         if found is not None:
@@ -86,12 +86,12 @@ def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
 def _is_refusal(message: str, source: str) -> bool:
     if source:
         return not source.startswith("raise")
-    # Python itself gives no message, numpy the size; any other one is of user code.
+    # Python itself gives no message, numpy the size; other messages come from user code.
     return not message or message.startswith("Unable to allocate")
 
 
 def _raised_in(text: str) -> Iterator[tuple[str, str, str]]:
-    """Yield class, message and innermost source line of each exception with a traceback."""
+    """Yield class, message and innermost source line of each exception in a traceback."""
     indent, source = -1, ""
     for line in text.splitlines():
         stripped = line.strip()
@@ -195,8 +195,8 @@ def find_memory_breach(
 ) -> Breach | None:
     """Return the limit that an allocation of memory failed at, None if it failed otherwise.
 
-    ``used`` is the peak of the trial's memory, in bytes. Where the limit is ``enforced``, the
-    kernel refuses what would pass it, touched or not.
+    ``used`` is the peak of the trial's memory, in bytes. If the limit is ``enforced``, the kernel
+    refuses allocations beyond it, touched or not.
     """
     wanted = (used or 0.0) + (failed.requested or 0.0)
     share = 0.0 if enforced else AT_LIMIT
@@ -206,14 +206,13 @@ def find_memory_breach(
 def find_breach_at_exit(
     report: ExitReport, ceilings: Ceilings, elapsed: float, *, strict_memory: bool = False
 ) -> Breach | None:
-    """Return the limit that a process ended at, None if it ended of something else."""
+    """Return the limit at which a process ended, None if it ended for another reason."""
     used = {"memory": report.memory, "cpu_time": report.cpu_time}
     found = find_breaches(used, ceilings, elapsed)
     if found:
         return found[0]
-    # Native code that is refused memory ends the process where Python would raise; how much it
-    # requested is unknown. SIGKILL is not such an end: it comes from outside. A process that hangs
-    # has not ended at all.
+    # When an allocation fails in native code, the process ends where Python would raise; the size
+    # is unknown. SIGKILL comes from outside, and a process that hangs has not ended.
     may_be_refused = strict_memory and report.exitcode not in (None, -signal.SIGKILL)
     if report.memory is not None and (report.cgroup_oom_kills or may_be_refused):
         share = 0.0 if report.cgroup_oom_kills else AT_LIMIT
@@ -250,12 +249,12 @@ class GpuMemoryState:
     held_there: float | None = None  # What it held on the GPU in question
     capacity: float | None = None  # The memory of that GPU
     free: float | None = None  # What was free of it
-    # Whether the framework refused it by its own cap, though the GPU had room
+    # Whether it failed at the framework's own cap, though the GPU had room
     is_capped: bool = False
 
     @property
     def others(self) -> float | None:
-        """What other processes held of the GPU in question."""
+        """Bytes that other processes held of the GPU in question."""
         if self.capacity is None or self.free is None or self.held_there is None:
             return None
         return max(0.0, self.capacity - self.free - self.held_there)
@@ -267,10 +266,10 @@ def read_gpu_memory_state(
     devices: Sequence[DeviceShare],
     device_memory: float | None,
 ) -> GpuMemoryState:
-    """Return what the error's message says, and the driver where the message does not.
+    """Return the state from the error's message, and from the driver what the message lacks.
 
     ``peak`` is that of the trial's GPU memory, ``device_memory`` the size of each of its GPUs, in
-    bytes; ``devices`` what they held at the moment of the error, none when unknown.
+    bytes; ``devices`` is what they held at the moment of the error, empty if unknown.
     """
     text = failed.text
     capacity, free, held_by_text = (_size(pattern, text) for pattern in (_CAPACITY, _FREE, _HELD))
@@ -310,7 +309,7 @@ def find_gpu_breach(state: GpuMemoryState, ceilings: Ceilings, elapsed: float) -
 
 
 def describe_full_gpu(state: GpuMemoryState, error: BaseException) -> str | None:
-    """Return the reason of a trial that found its GPU full; None when that is not certain."""
+    """Return the reason if the trial's GPU was full of others' memory; None if uncertain."""
     if state.capacity is None or state.is_capped:
         return None
     asked = "" if state.requested is None else f" and asked for {_bytes(state.requested)} more"

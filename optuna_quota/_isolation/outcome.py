@@ -41,13 +41,13 @@ _logger = logging.getLogger("optuna.quota.isolated")
 
 CrashStatus = Literal["crashed", "ended", "running"]
 
-# Seconds after a breach from which on a trial's reason says when it ended.
+# A trial's reason says when it ended if that was this many seconds after its breach.
 _LONG_END = 1.0
 
 # How often a trial that found its GPU full is tried again.
 _MAX_GPU_RETRIES = 3
 
-# The study ends when so many trials, its first ones or any in a row, have all crashed.
+# The study ends when this many trials, its first ones or any in a row, have all crashed.
 FIRST_CRASHES = 3
 CRASHES_IN_A_ROW = 5
 
@@ -98,9 +98,9 @@ class OutcomeResolver:
         return self.crash(report, reason)
 
     def has_ended_early(self, server: Server) -> bool:
-        """Return whether a trial that was to be preempted ended without a result of its own.
+        """Return whether a preempted trial ended without a result.
 
-        What it raised may come of the signal, which may have ended processes of its.
+        Its error may be due to the signal, which may have ended some of its processes.
         """
         outcome, verdict = server.outcome, self._monitor.verdict
         if server.breach is not None or isinstance(outcome, messages.Returned):
@@ -121,7 +121,7 @@ class OutcomeResolver:
         return self._end_without_value(reason, TrialPreempted(reason))
 
     def end_finished_outside(self, server: Server, reason: str) -> Any:
-        """Return the value of a trial whose row something else has finished, or raise."""
+        """Return the value of a trial whose row was finished from outside, or raise."""
         self._add_usage(server)
         self._monitor.verdict = Verdict("failed", reason)
         self._monitor.close()
@@ -159,14 +159,14 @@ class OutcomeResolver:
         raise error
 
     def _end_without_value(self, reason: str, error: BaseException) -> Any:
-        """Return the value of a trial that has none if ``optimize`` runs it, else raise."""
+        """Return the value of a trial without a result if ``optimize`` runs it, else raise."""
         study, trial = self._study, self._trial
         if study is None or not isinstance(trial, Trial) or not _optuna.is_run_by_optimize(trial):
             raise error
         return crash_value(reason, len(study.directions))
 
     def _add_usage(self, server: Server) -> ExitReport:
-        """Record the figures of a trial whose process has ended; the larger ones count."""
+        """Record the usage of a trial whose process has ended; the larger figures count."""
         report, outcome = server.exit, server.outcome
         assert report is not None
         if report.stuck:
@@ -197,7 +197,7 @@ class OutcomeResolver:
     def _raise(self, outcome: messages.Raised, report: ExitReport, server: Server) -> Any:
         error, failed = unpack_error(outcome.error), outcome.failed_allocation
         if report.cgroup_oom_kills:
-            # A worker was killed in the trial's control group; any error may come of that.
+            # A worker was killed in the trial's control group; that may cause any error.
             self._terminate_at_limit(report, cause=error)
         breach = None
         if failed is not None and failed.resource == "gpu_memory":
@@ -209,7 +209,7 @@ class OutcomeResolver:
             and isinstance(error, LimitBreached)
             and (error.resource, error.limit) == ("cpu_time", None)
         ):
-            # Raised at the kernel's signal, which gives no figures.
+            # Raised on the kernel's signal, which has no figures.
             used = self._monitor.usage().cpu_time or 0.0
             ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
             breach = find_refused_breach(
@@ -245,7 +245,7 @@ class OutcomeResolver:
     def _end_for_gpu(
         self, failed: messages.FailedAllocation, error: BaseException, report: ExitReport
     ) -> Any:
-        """End a trial that got no GPU memory; ``optimize`` continues when others had taken it."""
+        """End a trial that got no GPU memory; ``optimize`` continues if others had taken it."""
         monitor = self._monitor
         size = device_memory({**os.environ, **monitor.environment})
         peak = monitor.usage().gpu_memory
@@ -264,7 +264,7 @@ class OutcomeResolver:
         return value
 
     def _try_again_elsewhere(self, state: out_of_memory.GpuMemoryState) -> None:
-        """Enqueue a trial again that found its assigned GPU full, if others have room."""
+        """Enqueue a trial again whose assigned GPU was full, if other GPUs have room."""
         study, trial = self._study, self._trial
         assigned = self._monitor.environment.get("CUDA_VISIBLE_DEVICES")
         if assigned is None or study is None or not isinstance(trial, Trial):
@@ -313,7 +313,7 @@ def describe_exit(report: ExitReport) -> str:
     if report.killer == "request":
         return "The trial's process was killed because the study was interrupted."
     if code is None:
-        return "The trial's process ended in an unknown way."
+        return "The trial's process and its supervisor were killed from outside."
     if code < 0:
         return _describe_signal(-code, report)
     if code == 0:
@@ -334,7 +334,7 @@ def _describe_signal(number: int, report: ExitReport) -> str:
     meaning = (signal.strsignal(number) or "a signal").lower() if name.startswith("SIG") else ""
     if not meaning:
         return f"The trial's process was ended by {name}."
-    # Rarely a fault of the program: a page of a mapped file could not be had.
+    # Rarely an error of the program: a page of a mapped file could not be read.
     hint = ", as where /dev/shm or a disk is full (in a container, see --shm-size)"
     return f"The trial's process crashed: {meaning} ({name}){hint if name == 'SIGBUS' else ''}."
 
@@ -343,11 +343,11 @@ def _describe_signal(number: int, report: ExitReport) -> str:
 
 
 class CrashValue(float):
-    """The value of a trial that has none: ``optimize`` fails the trial and continues.
+    """The value of a trial without a result: ``optimize`` fails the trial and continues.
 
-    To raise would end ``optimize``, since only its caller can say what it catches. A number, so
-    that what users put around an objective, such as a minus sign, works. Optuna's log shows the
-    reason: "The value nan (the trial's process …) is not acceptable."
+    An exception would end ``optimize``, unless its caller catches it. It is a number, so that
+    wrappers of an objective, such as a minus sign, work. Optuna's log shows the reason: "The value
+    nan (the trial's process …) is not acceptable."
     """
 
     def __new__(cls, reason: str) -> CrashValue:
@@ -377,7 +377,7 @@ def record_crash(study: Study, trial: Trial) -> None:
 
 
 def find_crash_series(study: Study, number: int) -> str | None:
-    """Return which trials have all crashed, the one of this number among them; None if too few.
+    """Return which trials in a row have crashed, including this one; None if too few.
 
     Crashes are counted over the rows of the study, not in this process: a job array runs one trial
     in each process, and a resumed study continues the count.
@@ -396,14 +396,14 @@ def find_crash_series(study: Study, number: int) -> str | None:
 
 def _crash_status(trial: FrozenTrial) -> CrashStatus:
     unfinished = trial.state in (TrialState.RUNNING, TrialState.FAIL)
-    # A retried trial has the system attributes of the one that crashed, with its number.
+    # A retried trial has a copy of the crashed trial's attribute, with that one's number.
     if unfinished and trial.system_attrs.get(CRASHED) == trial.number:
         return "crashed"
     return "ended" if trial.state.is_finished() else "running"
 
 
 def describe_crash_series(statuses: Sequence[CrashStatus], index: int) -> str | None:
-    """Return which trials have all crashed, None if these are too few.
+    """Return which trials in a row have crashed, None if too few.
 
     The statuses are those of the trials that have begun; the one at ``index`` has just crashed.
     """

@@ -1,7 +1,7 @@
 """Forward what a trial prints, logs and warns to the study's process, under the study's settings.
 
-:class:`logging.handlers.QueueHandler` does not serve: it appends a traceback to the message, where
-handlers of the study expect it in a field of its own.
+:class:`logging.handlers.QueueHandler` can't be used: it appends the traceback to the message, but
+the study's handlers expect it in a field of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from typing import Any
 import warnings
 
 from optuna_quota._isolation.channel import pack_error, SentError, unpack_error
+from optuna_quota._isolation.log_libraries import (
+    LoguruRecord,
+    LoguruSettings,
+    portable,
+    read_loguru_settings,
+    replay_loguru,
+)
 from optuna_quota._isolation.modules import after_import
 from optuna_quota._isolation.rpc import RpcClient, SYNC, TRIAL
 
@@ -31,32 +38,35 @@ class Printed:
 
 @dataclass(frozen=True)
 class Warned:
-    """A warning, in the form of an error: only the trial may know its class."""
+    """A warning, sent like an error: its class may exist only in the trial."""
 
     warning: SentError
     file: str
     line: int
+    text: str
+    repeats: bool  # Whether a filter may show it each time, not once
 
 
 @dataclass(frozen=True)
 class OutputSettings:
     """How the study's process prints, logs and warns."""
 
-    # The standard streams that were replaced, as in a notebook or by a test runner; the others are
-    # written to directly
+    # The standard streams that were replaced, as in a notebook or by a test runner; trials write
+    # to the others directly
     forwarded: frozenset[str]
-    # Encoding and error handler of those written to directly
+    # Encoding and error handler of the latter
     encodings: Mapping[str, tuple[str, str]]
     # Level and whether it is disabled, of each logger where these are set
     levels: Mapping[str, tuple[int, bool]]
     handled: Sequence[str]  # The loggers that have handlers, except for the root logger
     disabled: int  # The level up to which logging is off altogether
-    # ``warnings.filters``, with the names of the categories in their places
+    # ``warnings.filters``, with names instead of categories
     filters: Sequence[tuple[str, Any, str, Any, int]]
+    loguru: LoguruSettings | None
 
 
 def read_output_settings() -> OutputSettings:
-    """Return the settings of this process, and flush what it has printed so far."""
+    """Return the settings of this process, and flush its output."""
     forwarded, encodings = set(), {}
     for name in ("stdout", "stderr"):
         stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
@@ -77,11 +87,12 @@ def read_output_settings() -> OutputSettings:
             (action, message, f"{kind.__module__}:{kind.__qualname__}", module, line)
             for action, message, kind, module, line in filters
         ],
+        loguru=read_loguru_settings(),
     )
 
 
 def apply_output_settings(settings: OutputSettings, calls: RpcClient) -> None:
-    """Print, log and warn in the study's process and by its settings, in the trial's process."""
+    """Make this trial's process print, log and warn in the study's process, by its settings."""
     for name in ("stdout", "stderr"):
         if name in settings.forwarded:
             setattr(sys, name, ForwardedStream(name, calls))
@@ -105,7 +116,11 @@ def apply_output_settings(settings: OutputSettings, calls: RpcClient) -> None:
 
     def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
         warning = message if isinstance(message, Warning) else category(message)
-        calls.notify(Warned(pack_error(warning), filename, lineno))
+        repeats = any(
+            action in ("always", "all") and issubclass(type(warning), kind)
+            for action, _, kind, *_ in warnings.filters
+        )
+        calls.notify(Warned(pack_error(warning), filename, lineno, str(warning), repeats))
 
     warnings.showwarning = show
     warnings.resetwarnings()
@@ -116,8 +131,8 @@ def apply_output_settings(settings: OutputSettings, calls: RpcClient) -> None:
 def apply_to_new_modules(settings: OutputSettings) -> None:
     """Apply the settings that depend on modules, again after some were imported.
 
-    Code that gives a logger its handlers in the study's process does so in the trial's as well,
-    and each record would be handled twice: there, only the study's handlers are kept.
+    Code that adds handlers to a logger in the study's process does so in the trial's as well, and
+    each record would be handled twice. So only the study's handlers are kept.
     """
     for name in settings.handled:
         logger = logging.getLogger(name)
@@ -159,33 +174,57 @@ def flush_streams() -> None:
 
 
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
-    """Return a new stream: the fork server's takes its descriptor for a null device's.
+    """Return a new stream: that of the fork server was opened on a null device.
 
-    A killed process can't flush, so each line is written as it ends.
+    A killed process can't flush, so each line is written at once.
     """
     handle = 1 if name == "stdout" else 2
     return open(handle, "w", buffering=1, encoding=encoding, errors=errors, closefd=False)
 
 
-def replay(message: Printed | Warned | logging.LogRecord) -> None:
+def _is_to_show(message: Warned) -> bool:
+    """Return whether a warning was not shown for an earlier trial, or is to be shown each time.
+
+    As in one process, where changed filters start anew.
+    """
+    if _shown_by != warnings.filters:
+        _shown_by[:] = warnings.filters
+        _shown.clear()
+    key = (message.file, message.line, message.text)
+    is_new = key not in _shown
+    _shown.add(key)
+    return is_new or message.repeats
+
+
+_shown: set[tuple[str, int, str]] = set()
+_shown_by: list[Any] = []
+
+
+Output = Printed | Warned | logging.LogRecord | LoguruRecord
+
+
+def replay_output(message: Output) -> None:
     if isinstance(message, Printed):
         stream = getattr(sys, message.stream)
         if stream is not None:
             stream.write(message.text)
             stream.flush()
     elif isinstance(message, Warned):
-        warning: Any = unpack_error(message.warning)
-        warnings.showwarning(warning, type(warning), message.file, message.line)
+        if _is_to_show(message):
+            warning: Any = unpack_error(message.warning)
+            warnings.showwarning(warning, type(warning), message.file, message.line)
+    elif isinstance(message, LoguruRecord):
+        replay_loguru(message)
     else:
         logger = logging.getLogger(message.name)
         handled = vars(message).pop(_HANDLED, False)
-        # The handler of last resort is for records without any handler.
+        # The handler of last resort is for records without another handler.
         if logger.isEnabledFor(message.levelno) and (logger.hasHandlers() or not handled):
             logger.handle(message)
 
 
 class ForwardedStream(io.TextIOBase):
-    """A standard stream that is written to in the study's process, line by line."""
+    """A standard stream whose lines are written in the study's process."""
 
     # That of the descriptor underneath.
     encoding = "utf-8"
@@ -209,9 +248,9 @@ class ForwardedStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Send the text that was written, and wait until it is printed.
+        """Send the text, and wait until it is printed.
 
-        Output that subprocesses write to the descriptor afterwards then appears after it.
+        Later output of subprocesses, which write to the descriptor, then appears after it.
         """
         if self._text:
             self._send()
@@ -246,22 +285,21 @@ class ForwardingHandler(logging.Handler):
 
 
 def _portable(record: logging.LogRecord) -> logging.LogRecord:
-    """Return a record that any process can read: text in place of arguments and tracebacks."""
+    """Return a record that any process can read: with text for arguments and tracebacks."""
     text = record.exc_text
     if record.exc_info and not text:
         text = logging.Formatter().formatException(record.exc_info)
-    simple = (str, int, float, type(None))
-    fields: dict[str, Any] = {
-        name: value if isinstance(value, simple) else repr(value)
-        for name, value in vars(record).items()
-    }
-    fields.update(msg=record.getMessage(), args=None, exc_info=None, exc_text=text)
+    fields: dict[str, Any] = {name: portable(value) for name, value in vars(record).items()}
+    # Some handlers, such as those of structlog, accept a dictionary instead of a text.
+    is_text = type(record.msg) is not dict or record.args
+    message = record.getMessage() if is_text else portable(record.msg)
+    fields.update(msg=message, args=None, exc_info=None, exc_text=text)
     fields[_HANDLED] = _is_handled(logging.getLogger(record.name))
     return logging.makeLogRecord(fields)
 
 
 def _is_handled(logger: logging.Logger | None) -> bool:
-    """Return whether the trial itself has a handler for the records of a logger."""
+    """Return whether the trial itself has a handler for a logger's records."""
     own = (ForwardingHandler, logging.NullHandler)
     while logger is not None:
         if any(not isinstance(handler, own) for handler in logger.handlers):
@@ -274,9 +312,9 @@ _HANDLED = "_quota_handled"
 
 
 def prepare_logging(*, reset: bool) -> None:
-    """Find the loggers that trials are to reset, before forks; ``reset`` them where none logs.
+    """Find the loggers that trials reset, before forks; ``reset`` them if no code logs here.
 
-    To go through all loggers in each trial would copy the memory pages of all of them.
+    Going through all loggers in each trial would copy their memory pages.
     """
     global _to_reset
     root = logging.getLogger()
@@ -298,7 +336,7 @@ _awaited: set[str] = set()
 
 
 def _reset_loggers() -> None:
-    """Let every logger pass all its records on to the root logger, which has no handler."""
+    """Make every logger pass its records to the root logger, which has no handler."""
     global _to_reset
     loggers, _to_reset = _to_reset or [], []
     for logger in [logging.getLogger(), *loggers]:

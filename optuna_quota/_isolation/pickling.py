@@ -1,30 +1,22 @@
 """Pickle an objective for a trial's process: by name, by value, or as a proxy.
 
-Functions and classes that the trial's ``__main__`` has go by name, others of it and closures by
-value, those of modules by name. A study, storage or trial that the objective refers to stays in
-the study's process and is replaced by a proxy. Large arrays are not copied into the pickle.
+Functions and classes that the trial's ``__main__`` defines too, and those of modules, go by name;
+other functions of the script and closures go by value. A study, storage or trial that the
+objective refers to is replaced by a proxy. Large arrays are not copied into the pickle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 import contextlib
-import contextvars
-import ctypes
-from dataclasses import dataclass
 import functools
-import importlib
 import inspect
 import io
-import mmap
+import linecache
 from multiprocessing import context
-from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import SemLock
-import operator
 import os
 import pickle
-import queue
-import socket
 import sys
 import threading
 import types
@@ -32,24 +24,21 @@ from typing import Any
 
 import cloudpickle
 
-from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.generators import (
-    is_generator,
-    reduce_generator,
-    values_within_reach,
-)
+from optuna_quota._isolation import reducers
 from optuna_quota._isolation.main_module import global_names, MAIN_NAMES, MainModule
-from optuna_quota._isolation.modules import (
-    modules_being_imported,
+from optuna_quota._isolation.mapped_files import FileRegion, MappedFiles
+from optuna_quota._isolation.module_state import (
     plain_attributes,
     set_main_state,
     set_module_parts,
 )
+from optuna_quota._isolation.modules import modules_being_imported, modules_without_import
+from optuna_quota._isolation.payload import Payload
+from optuna_quota._isolation.random_generators import values_within_reach
 from optuna_quota._isolation.rpc import is_remote, proxy_at, RemoteObjects
-from optuna_quota._isolation.tensors import reduce_tensor
 
 
-# Smaller buffers are copied into the pickle; a message of its own for each would cost more.
+# Smaller buffers are copied into the pickle, which is faster than a message for each.
 _MIN_BUFFER = 1 << 16
 
 
@@ -63,45 +52,6 @@ class NeedsFork(TypeError):
             "multiprocessing.get_context('spawn'), or use "
             "isolated(objective, start_method='fork')."
         )
-
-
-@dataclass(frozen=True)
-class Payload:
-    """A pickled objective, with what is kept out of the pickle."""
-
-    # The objective's, then those of calls that set up the modules it refers to, then that of None
-    pickles: bytes
-    # The memory of large arrays. It is sent from where it is and received where it stays, so that
-    # it is held only once
-    buffers: Sequence[pickle.PickleBuffer]
-    descriptors: Sequence[int]  # Open files, which the pickle refers to by index
-
-    @property
-    def sizes(self) -> tuple[tuple[int, bool], ...]:
-        return tuple((b.raw().nbytes, b.raw().readonly) for b in self.buffers)
-
-    def send_buffers(self, channel: Channel) -> None:
-        for buffer in self.buffers:
-            channel.send_raw(buffer.raw())
-
-
-def receive_buffers(channel: Channel, sizes: Iterable[tuple[int, bool]]) -> list[memoryview]:
-    buffers = []
-    for size, readonly in sizes:
-        # Not on the heap: it goes back to the system when it is no longer used.
-        buffer = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        channel.receive_raw(buffer)
-        buffers.append(buffer.toreadonly() if readonly else buffer)
-    return buffers
-
-
-def load_objective(pickles: bytes, buffers: Iterable[memoryview]) -> Any:
-    unpickler = pickle.Unpickler(io.BytesIO(pickles), buffers=buffers)
-    objective = unpickler.load()
-    while (call := unpickler.load()) is not None:
-        function, *arguments = call
-        function(*arguments)
-    return objective
 
 
 def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> Payload:
@@ -131,10 +81,10 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
 
 
 class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
-    """One attempt to pickle an objective, with globals that the trial's main module makes itself.
+    """One attempt to pickle an objective, given the globals that the trial creates itself.
 
-    ``failed`` is the name of a further one, such as a lock, that can't be pickled; without one,
-    ``unpicklable`` names the variables of the script's functions that can't be.
+    ``failed`` is the name of another such global, as of a lock, that can't be pickled; without
+    one, ``unpicklable`` has the script's variables that can't be pickled.
     """
 
     def __init__(
@@ -149,18 +99,21 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         self._made_by_trial = made_by_trial
         self._globals = vars(sys.modules["__main__"])
         self._by_trial = {id(self._globals[name]): name for name in made_by_trial}
-        self._reducers = dict(_multiprocessing_reducers())
-        self._buffers: list[pickle.PickleBuffer] = []
-        self._spawning = _Spawning()
+        self._reducers = reducers.multiprocessing_reducers()
+        self._buffers: list[pickle.PickleBuffer | FileRegion] = []
+        self._mapped = MappedFiles()
+        self._spawning = reducers.SpawningProcess()
         self._own_locks: set[int] = set()
         self._seen: set[int] = set()
+        self._files: set[str] = set()
+        self._loaders = getattr(sys.modules.get("torch.utils.data"), "DataLoader", ())
         self._by_name: dict[int, Any] = {}
         self._by_value: dict[str, Any] = {}
 
     def dump_payload(self, objective: Any) -> Payload:
-        modules = modules_being_imported()
+        modules = [*modules_being_imported(), *modules_without_import()]
         _pickle_by_value(modules)
-        # The script's may guard what all trials share, such as a file.
+        # The script's locks may guard what all trials share, such as a file.
         reached = values_within_reach(objective)
         self._own_locks = {id(value) for value in reached if type(value) in _LOCKS}
         context.set_spawning_popen(self._spawning)  # type: ignore[arg-type]  # passes for one
@@ -168,6 +121,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             self.dump(objective)
             self._dump_main_state()
             self._dump_parts(modules)
+            self._dump_sources()
             self.dump(None)
         except Exception as error:
             if not isinstance(error, NeedsFork):
@@ -192,35 +146,37 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             self._seen.add(id(value))
             if self._is_named(value):
                 return value.__qualname__
-            is_array = kind is _ARRAY_TYPE and hasattr(value, "_length_")  # not ctypes.Array
-            if is_array and value is value._type_ * value._length_:
-                return operator.mul, (value._type_, value._length_)
+            reduced = reducers.reduce_array_type(value)
+            if reduced is not None:
+                return reduced
         elif kind in self._reducers:
             return self._reducers[kind](value)
         elif kind in _LOCKS and id(value) not in self._own_locks:
-            # A library's object guards its own memory with it, of which the trial has a copy.
+            # A library's lock guards memory of which the trial has its own copy.
             return _LOCKS[kind], ()
-        elif kind in _LIBRARIES or isinstance(value, _BETWEEN_THREADS):
-            raise TypeError(f"cannot pickle '{kind.__module__}.{kind.__name__}' object")
-        elif kind is contextvars.ContextVar:
-            with contextlib.suppress(LookupError):
-                return make_context_variable, (value.name, value.get())
-            return contextvars.ContextVar, (value.name,)
-        elif is_generator(value):
-            return reduce_generator(value)
-        elif isinstance(value, types.ModuleType) and kind is not types.ModuleType:
-            # Cloudpickle knows plain modules alone. It takes `classes` in a function's code for
-            # `torch.classes` where torch is loaded.
-            if sys.modules.get(value.__name__) is value:
-                return importlib.import_module, (value.__name__,)
-        elif kind.__module__ in ("torch", "torch.storage"):
-            reduced = reduce_tensor(value)
+        elif isinstance(value, io.IOBase):
+            reduced = reducers.reduce_open_file(value, self._spawning)
+            if reduced is not None:
+                return reduced
+        elif isinstance(value, threading.local):
+            return reducers.reduce_local(value, self._fails)
+        elif kind is types.CodeType:
+            # Cloudpickle leaves out the file, which tracebacks name and TorchScript reads.
+            make, arguments = self.dispatch_table[kind](value)
+            self._files.add(value.co_filename)
+            return make, tuple(value.co_filename if a == _NO_FILE else a for a in arguments)
+        elif isinstance(value, self._loaders) and value._iterator is not None:
+            # With `persistent_workers`, it refers to worker processes; a trial starts its own.
+            make, arguments, state = value.__reduce_ex__(pickle.HIGHEST_PROTOCOL)[:3]
+            return make, arguments, {**state, "_iterator": None}
+        else:
+            reduced = reducers.reduce_library_object(value, self._mapped)
             if reduced is not None:
                 return reduced
         return super().reducer_override(value)
 
     def _dump_main_state(self) -> None:
-        """Dump the globals of what went by name, until nothing new does."""
+        """Dump the globals of functions that go by name, until there are no new ones."""
         sent, n_done = set(self._made_by_trial), 0
         while True:
             new = list(self._by_name.values())[n_done:]
@@ -241,7 +197,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
                 self.dump((set_main_state, values, attributes))
 
     def _dump_parts(self, modules: Iterable[types.ModuleType]) -> None:
-        """Dump the functions and classes that were sent by value of modules being imported."""
+        """Dump the functions and classes of these modules that were sent by value."""
         for module in modules:
             parts = {
                 name: value
@@ -252,8 +208,17 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             if parts:
                 self.dump((set_module_parts, module.__name__, parts))
 
+    def _dump_sources(self) -> None:
+        """Dump the source of functions that no file has, such as those of a notebook's cells."""
+        entries = {file: linecache.cache.get(file, ()) for file in self._files}
+        found = {file: entry for file, entry in entries.items() if entry[1:2] == (None,)}
+        if found:
+            self.dump((add_sources, found))
+
     def _find_unpicklable(self, objective: Any) -> list[str]:
-        found, functions = dict[str, None](), [objective]
+        owner = getattr(objective, "__self__", None)
+        kind = owner if isinstance(owner, type) else type(owner)
+        found, functions = dict[str, None](), [objective, kind]
         for function in functions:
             variables = {
                 n: self._globals[n] for n in global_names(function) & self._globals.keys()
@@ -270,7 +235,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         return list(found)
 
     def _can_be_left_out(self, name: str) -> bool:
-        """Return whether a global is one that can't be pickled and that the trial makes anew."""
+        """Return whether a global can't be pickled, but the trial creates it itself."""
         value = self._globals.get(name)
         if name in self._made_by_trial or isinstance(value, (type, types.ModuleType, *_FUNCTIONS)):
             return False
@@ -286,13 +251,13 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         return False
 
     def _is_made_by_definition(self, value: Any) -> bool:
-        """Return whether the trial's main module has an equal global without its being sent."""
+        """Return whether the trial's main module defines an equal global itself."""
         if getattr(value, "__module__", None) in MAIN_NAMES:
             return self._is_named(value)
         return isinstance(value, (types.ModuleType, type, *_FUNCTIONS, types.BuiltinFunctionType))
 
     def _is_named(self, value: Any) -> bool:
-        """Return whether the trial's main module has the same under the same name."""
+        """Return whether the trial's main module defines the same object under its name."""
         if id(value) in self._by_name:
             return True
         if getattr(value, "__module__", None) not in MAIN_NAMES:
@@ -315,16 +280,18 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
 
     def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Keep a large buffer out of the pickle; return whether to copy it in after all."""
-        is_large = buffer.raw().nbytes >= _MIN_BUFFER
-        if is_large:
-            self._buffers.append(buffer)
-        return not is_large
+        raw = buffer.raw()
+        if raw.nbytes < _MIN_BUFFER:
+            return True
+        region = self._mapped.find(reducers.memory_address(raw), raw.nbytes, readonly=raw.readonly)
+        self._buffers.append(buffer if region is None else region)
+        return False
 
 
 def _pickle_by_value(modules: Iterable[types.ModuleType]) -> None:
-    """Let cloudpickle send the functions and classes of these modules by value, of no others.
+    """Make cloudpickle send functions and classes of these modules by value, of no others.
 
-    Trials in all threads find the same modules, so what one registers, another needs too.
+    Trials in all threads see the same modules, so a registration serves all of them.
     """
     wanted = {module.__name__: module for module in modules}
     for name in _registered.keys() - wanted.keys():
@@ -342,7 +309,7 @@ def _pickle_by_value(modules: Iterable[types.ModuleType]) -> None:
 _registered: dict[str, types.ModuleType] = {}
 
 
-# The latter is what a cached function is.
+# The latter is the class of cached functions.
 _FUNCTIONS = (types.FunctionType, type(functools.cache(len)))
 
 
@@ -354,67 +321,13 @@ def _is_of_fork_context(lock: Any) -> bool:
     return os.name == "posix" and lock._semlock.name is None
 
 
+_NO_FILE = "<dynamic-code>"
 _LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
-# The class of ctypes' array types, which have no name of their own to be found by.
-_ARRAY_TYPE = type(ctypes.c_char * 1)
-_LIBRARIES = (ctypes.CDLL, ctypes.PyDLL)
-# Copies of these would not do what they are for.
-_BETWEEN_THREADS = (
-    queue.Queue,
-    threading.Barrier,
-    threading.Condition,
-    threading.Event,
-    threading.Semaphore,
-)
-
-
-class InheritedDescriptor:
-    """An open file on its way to a trial's process, by its index in the payload."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def detach(self) -> int:
-        return inherited_descriptors[self._index]
-
-
-# Filled in a trial's process.
-inherited_descriptors: list[int] = []
-
-
-class _Spawning:
-    """Passes for the process that multiprocessing is about to spawn, to which locks may go."""
-
-    method = "forkserver"
-    DupFd = InheritedDescriptor
-
-    def __init__(self) -> None:
-        self.descriptors: list[int] = []
-
-    def duplicate_for_child(self, descriptor: int) -> int:
-        self.descriptors.append(descriptor)
-        return len(self.descriptors) - 1
-
-
-def _multiprocessing_reducers() -> dict[type, Callable[[Any], Any]]:
-    """Return how multiprocessing alone pickles connections, sockets, shared memory.
-
-    Not the tensors that torch adds there: one would be moved into shared memory, and the trial
-    would write into the study's own.
-    """
-    found = {}
-    for kind, reduce in ForkingPickler._extra_reducers.items():  # type: ignore[attr-defined]
-        package, _, module = str(getattr(reduce, "__module__", "")).partition(".")
-        if kind is socket.socket or (package == "multiprocessing" and module != "reduction"):
-            found[kind] = reduce
-    return found
 
 
 def global_of_main(name: str) -> Any:
     return vars(sys.modules["__main__"])[name]
 
 
-def make_context_variable(name: str, value: Any) -> contextvars.ContextVar[Any]:
-    variable: contextvars.ContextVar[Any] = contextvars.ContextVar(name)
-    variable.set(value)
-    return variable
+def add_sources(entries: dict[str, Any]) -> None:
+    linecache.cache.update(entries)

@@ -1,14 +1,13 @@
 """Remote calls: the trial, the study and its storage stay in the study's process.
 
-The objective gets proxies of them; each call is sent there and answered by the server. A proxy
-can be handed to other processes of the trial, which connect to the server on their first call: a
-connection serves one process, since answers to several would be mixed up. A proxy that comes back
-to the study's process is the object itself there.
+The objective gets proxies, whose calls are sent to the server. A proxy can be passed to other
+processes of the trial, each of which connects to the server on its first call, as a shared
+connection would mix up answers. In the study's process, a proxy becomes the object itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 from dataclasses import dataclass, field
 import datetime
@@ -25,13 +24,13 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
 
-from optuna_quota._isolation.channel import Channel, SentError, unpack_error
+from optuna_quota._isolation.channel import Channel, dumps, SentError, unpack_error
 from optuna_quota._usage import Breach
 
 
 @dataclass(frozen=True)
 class Handle:
-    """Refers to an object of the study's process, by its index and the class it passes for."""
+    """Refers to an object of the study's process, by its index and its class."""
 
     index: int
     kind: type
@@ -39,7 +38,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class TrialHandle(Handle):
-    """Refers to the trial; has its attributes that never change: they need no call."""
+    """Refers to the trial, with its constant attributes, which need no call."""
 
     number: int
     trial_id: int | None
@@ -55,10 +54,11 @@ Answer = tuple[int, Any, "SentError | None"]
 
 # The index of the trial, which is the first of the remote objects.
 TRIAL = 0
-# Names of calls that are no methods: `optuna_quota.check` in a trial's process, a measurement of
-# what the trial uses at this moment, and a call without effect, whose answer says that all
-# messages before it were handled.
+# Names of calls that are no methods: `optuna_quota.check` in a trial's process, a choice among
+# objects, a measurement of what the trial uses at this moment, and a call without effect, whose
+# answer says that all messages before it were handled.
 CHECK = "_quota_check"
+CHOOSE = "_quota_choose"
 MEASURE = "_quota_measure"
 SYNC = "_quota_sync"
 
@@ -154,8 +154,31 @@ _served: dict[Address, tuple[int, RemoteObjects]] = {}
 
 
 def is_remote(value: Any) -> bool:
-    """Return whether an object belongs to the study's process: a copy of it would be another."""
+    """Return whether an object must stay in the study's process, as a copy would be another."""
     return isinstance(value, (Study, BaseStorage, Trial))
+
+
+def suggest_object(trial: Any, name: str, choices: Sequence[Any]) -> tuple[int | None, Any]:
+    """Suggest one of several objects; return its index, if it is one of them, and itself.
+
+    Optuna compares choices with those of earlier trials, but copies of objects may not be equal.
+    """
+    with _choosing:
+        study = getattr(trial, "study", None)  # a FixedTrial has none
+        trials = [] if study is None else study.get_trials(deepcopy=False)
+        known = next((d[name] for t in trials if name in (d := t.distributions)), None)
+        former = getattr(known, "choices", ())
+        if len(former) == len(choices) and all(map(_is_copy, former, choices)):
+            choices = former
+        found = trial.suggest_categorical(name, choices)
+    return next((n for n, choice in enumerate(choices) if choice is found), None), found
+
+
+_choosing = threading.Lock()
+
+
+def _is_copy(value: Any, other: Any) -> bool:
+    return type(value) is type(other) and bool(dumps(value) == dumps(other))
 
 
 # In the trial's processes.
@@ -164,8 +187,8 @@ def is_remote(value: Any) -> bool:
 class RpcClient:
     """Sends calls from one of the trial's processes, one at a time, from any thread.
 
-    It begins with the connection that the trial's own process has. The polite stop waits within
-    ``stop`` until a message is exchanged.
+    The first connection is that of the trial's own process. The polite stop is delayed by ``stop``
+    until a message is exchanged.
     """
 
     def __init__(
@@ -187,13 +210,13 @@ class RpcClient:
             os.register_at_fork(after_in_child=self._disconnect)
 
     def use(self, address: Address) -> None:
-        """Connect there from now on, and be this process's client for it."""
+        """Connect to an address from now on, as this process's client for it."""
         self.address = address
         _clients[address] = self
 
     def _disconnect(self) -> None:
-        """Leave the connections to the process that this one was forked from."""
-        # Another thread may have held it, which this process lacks.
+        """Drop the connections, which belong to the process that this one was forked from."""
+        # A thread that this process lacks may have held it.
         self._lock = threading.RLock()
         self._depth = 0
         for channel in self._channels:
@@ -206,11 +229,15 @@ class RpcClient:
             depth = self._depth
             if depth == len(self._channels):
                 self._channels.append(connect(self.address))
-            self._depth = depth + 1
+            self._depth, channel = depth + 1, self._channels[depth]
             try:
-                yield self._channels[depth]
+                yield channel
             finally:
                 self._depth = depth
+                if channel.is_cut_off and channel in self._channels:
+                    # Interrupted by a user's own signal handler, such as a timeout.
+                    self._channels.remove(channel)
+                    channel.close()
 
     def notify(self, message: Any) -> None:
         with self._connection() as channel:
@@ -238,15 +265,18 @@ class RpcClient:
 
 @dataclass(frozen=True)
 class Method:
-    """The answer to the reading of an attribute that is a method, such as a subclass's."""
+    """The value of an attribute that is a method, such as a subclass's."""
 
+
+# Choices that Optuna can keep in any storage, and compare.
+_STORABLE = (bool, int, float, str)
 
 # The clients of this process by address. One trial's, unless trials are nested.
 _clients: dict[Address, RpcClient] = {}
 
 
 class Proxy:
-    """Stands in the trial's process for an object of the study's, and passes for its class."""
+    """Represents an object of the study's process in the trial's, as an instance of its class."""
 
     def __init__(self, calls: RpcClient, handle: Handle) -> None:
         self.__dict__["_proxied"] = (calls, handle)
@@ -279,7 +309,7 @@ class Proxy:
 
 
 class RemoteTrial(Proxy):
-    """The trial in its process; attributes that are set there stay there."""
+    """The trial in its own process; attributes set there are not sent."""
 
     def __init__(self, calls: RpcClient, handle: TrialHandle) -> None:
         super().__init__(calls, handle)
@@ -291,6 +321,15 @@ class RemoteTrial(Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        calls, handle = self._proxied
+        if all(choice is None or isinstance(choice, _STORABLE) for choice in choices):
+            return calls.call(handle.index, "suggest_categorical", name, choices)
+        choices = tuple(choices)
+        place, found = calls.call(handle.index, CHOOSE, name, choices)
+        # The objective gets the one that it has, not a copy.
+        return found if place is None else choices[place]
 
     def _quota_check(self) -> Breach | None:
         breach: Breach | None = self._proxied[0].call(TRIAL, CHECK)

@@ -34,7 +34,13 @@ from optuna_quota._isolation import messages
 from optuna_quota._isolation.child import is_in_preparation
 from optuna_quota._isolation.cores import core_pool, Cores
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.launch import CannotStart, IsolationOptions, TrialLauncher
+from optuna_quota._isolation.launch import (
+    CannotStart,
+    IsolationOptions,
+    starting,
+    TrialLauncher,
+)
+from optuna_quota._isolation.lost_changes import describe_lost_changes
 from optuna_quota._isolation.outcome import INTERRUPTED, OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
@@ -49,15 +55,19 @@ from optuna_quota.exceptions import LimitBreached, TrialPreempted
 
 _logger = logging.getLogger("optuna.quota.isolated")
 
-# Where limits may be given that have to agree.
+# The two places where limits may be given.
 _PLACES = "isolated and of the study"
 _ATTEMPTS = 3
-# Seconds that a trial without a limit on time gets to end once it has its result.
+_NOT_STARTED = (
+    f"The trial's processes ended {_ATTEMPTS} times before its objective began. Something kills "
+    "them, or the machine is short of memory or of process ids."
+)
+# Seconds that a trial without a limit on time may take to exit once it has its result.
 _LONGEST_END = 60.0
 
 
 class TrialRun:
-    """Runs one trial in a process of its own, with the objective that is bound to it."""
+    """Runs one trial in a process of its own."""
 
     def __init__(
         self,
@@ -73,7 +83,7 @@ class TrialRun:
         self._trial_id = -1 if self._study is None else _optuna.trial_id_of(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
         self._server: Server
-        # Why it is to run again later, and how something else has ended its row.
+        # Why it was preempted, and how its row was finished from outside.
         self._stopped_for: str | None = None
         self._ended_outside: str | None = None
 
@@ -88,7 +98,7 @@ class TrialRun:
             )
         self._monitor, owned = self._find_monitor()
         if owned:
-            # A deadline was an earlier sampler's.
+            # Without a QuotaSampler, any deadline is that of an earlier sampler.
             self._preemption.forget_deadline()
         self._resolver = OutcomeResolver(self._trial, self._study, self._monitor, self._options)
         # The time to start the trial counts; the memory of this process does not.
@@ -112,7 +122,7 @@ class TrialRun:
         return value
 
     def _find_monitor(self) -> tuple[TrialMonitor, bool]:
-        """Return the trial's metering, and whether its result is to be recorded here."""
+        """Return the trial's monitor, and whether to record its result here."""
         loop = metering_loop()
         own = self._options.limits
         if self._study is None:
@@ -142,17 +152,26 @@ class TrialRun:
         server = None
         for attempt in range(_ATTEMPTS):
             try:
-                with contextlib.closing(RemoteObjects(self._trial)) as remote:
+                with starting():
+                    remote = RemoteObjects(self._trial)
+                with contextlib.closing(remote):
                     server = self._start_and_serve(objective, remote, cores)
                 break
-            except NotStarted as error:
+            except NotStarted:
                 # The fork server had ended, or the processes that it had ready were killed.
                 fork_server_client().reset()
                 if attempt == _ATTEMPTS - 1:
-                    return self._resolver.crash(messages.ExitReport(exitcode=None), str(error))
+                    return self._resolver.crash(messages.ExitReport(exitcode=None), _NOT_STARTED)
             except CannotStart as error:
-                return self._resolver.crash(messages.ExitReport(exitcode=None), str(error))
+                report = messages.ExitReport(exitcode=None)
+                return self._resolver.crash(report, str(error), hint="")
         assert server is not None
+        if server.outcome is not None and self._options.start_method == "forkserver":
+            fork_server_client().learn(server.outcome.late_imports)
+        changed = () if server.outcome is None else server.outcome.changed
+        if changed and self._study is not None:
+            text = describe_lost_changes(self._trial.number, changed)
+            warn_once(self._study, "changes", text)
         if self._ended_outside is not None:
             return self._resolver.end_finished_outside(server, self._ended_outside)
         reason = self._stopped_for or self._preemption.reason
@@ -170,8 +189,13 @@ class TrialRun:
             objective, self._options, self._trial, self._monitor, remote, cores
         )
         connections = launcher.launch()
-        label = f"Trial {self._trial.number}"
-        self._server = server = Server(connections, remote, self, label=label)
+        try:
+            with starting():
+                server = Server(connections, remote, self, label=f"Trial {self._trial.number}")
+        except CannotStart:
+            connections.close()
+            raise
+        self._server = server
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
@@ -182,7 +206,12 @@ class TrialRun:
                 server.serve()
         except KeyboardInterrupt:
             self._interrupt(server)
-            raise
+            # As in plain Optuna, an objective may catch it and return a value.
+            if not (
+                isinstance(server.outcome, messages.Returned) and server.outcome.stop_requested
+            ):
+                raise
+            self._monitor.verdict = None
         except BaseException:
             server.kill()
             raise
@@ -225,7 +254,7 @@ class TrialRun:
         ceiling = self._monitor.hard_ceilings.get("memory")
         if ready.supervisor is not None and ceiling is not None:
             self._monitor.supervised = ceiling.limit
-        # If it has ended already, its supervisor reports all that is to be known.
+        # If it has already ended, its supervisor reports everything.
         with contextlib.suppress(ProcessLookupError):
             self._monitor.attach(ready.pid, ready.supervisor, self._options.outsiders)
         self._monitor.on_breach(self._stop)
@@ -237,7 +266,7 @@ class TrialRun:
                 self._stop(breach)
 
     def on_outcome(self) -> float:
-        """Stop checking for breaches; return how long the process may take to end."""
+        """Stop checking for breaches; return the seconds in which the process has to end."""
         self._monitor.finish()
         ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
         left = [ceilings[name][0] - elapsed for name in CLOCK_RESOURCES if name in ceilings]
@@ -250,7 +279,7 @@ class TrialRun:
         self._resolver.measure_gpus()
 
     def check_row(self) -> None:
-        """Stop the trial if something else has finished its row, such as optuna-dashboard."""
+        """Stop the trial if its row was finished from outside, such as by optuna-dashboard."""
         if self._study is None or self._ended_outside is not None:
             return
         try:
@@ -298,7 +327,7 @@ class _StepForecast:
         self._steps.append((step, elapsed))
         if len(self._steps) < self._next:
             return None
-        # A forecast looks at all steps: of many, not after each.
+        # A forecast takes all steps into account, so with many steps it is rarer.
         self._next = 1 + int(1.01 * len(self._steps))
         return forecast_breach(
             monitor.hard_ceilings,

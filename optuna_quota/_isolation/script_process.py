@@ -1,7 +1,7 @@
 """Run a script as the objective of an isolated trial, in the trial's process.
 
-The trial's process starts the script, reports its intermediate values and passes on its output.
-Limits, the kill and the accounting are those of every isolated trial.
+The trial's process starts the script, reports its intermediate values and forwards its output.
+Limits, stop and accounting are those of every isolated trial.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from optuna_quota._units import format_signal
 from optuna_quota.exceptions import LimitBreached
 
 
-# Bytes of one read, and the most reads of what is left once the script has ended: its last output
-# is in the pipe by then, and a process that it leaves behind may go on writing.
+# Bytes of one read, and the most reads once the script has ended: its last output is in the pipe
+# by then, and a process that it leaves behind may continue to write.
 _CHUNK = 1 << 16
 _LAST_READS = 16
-# Bytes of a line that are kept; a longer one is passed on in pieces and holds no value.
+# The longest line, in bytes, that may hold a value; a longer one is forwarded in pieces.
 MAX_LINE = 1 << 20
-# Seconds between two looks at the script's process, where nothing wakes this one.
+# Seconds between checks of the script's process, if nothing wakes this one.
 _INTERVAL = 0.05
-# Of standard error: lines for the reason of a failure, and those searched for a failed allocation,
-# and how much of each.
+# Lines of standard error for the reason of a failure, and to search for a failed allocation, and
+# the most bytes of each.
 _LAST_LINES = 10
 _LONGEST_LINE = 500
 _KEPT_LINES = 1000
@@ -44,7 +44,7 @@ _KEPT_LENGTH = 4096
 
 
 class ScriptFailed(Exception):
-    """A script has failed, with an exit status (negative for a signal) if it has started."""
+    """A script failed, with an exit status (negative for a signal) if it was started."""
 
     def __init__(self, reason: str, *, exitcode: int | None = None, stderr: str = "") -> None:
         super().__init__(reason)
@@ -54,7 +54,7 @@ class ScriptFailed(Exception):
 
 @dataclass(frozen=True)
 class RunScript:
-    """An objective that runs a script, with environment variables beside the study's."""
+    """An objective that runs a script, with additional environment variables."""
 
     words: Sequence[str]
     folder: str | None
@@ -74,7 +74,7 @@ class RunScript:
                     elif can_report:
                         can_report = _report(trial, found)
         except BaseException as error:
-            # Ctrl-C, as it reaches any other program; else the polite stop.
+            # SIGINT after Ctrl-C, as for any other program; else the polite stop.
             is_interrupt = isinstance(error, KeyboardInterrupt)
             script.stop(signal.SIGINT if is_interrupt else signal.SIGTERM, self.grace_period)
             raise
@@ -86,7 +86,7 @@ class RunScript:
 
 
 def _report(trial: BaseTrial, found: ScriptValue) -> bool:
-    """Report an intermediate value; return whether the study takes any."""
+    """Report an intermediate value; return whether the study accepts them."""
     assert found.step is not None
     try:
         trial.report(found.value, found.step)  # type: ignore[arg-type]  # one value with a step
@@ -98,7 +98,7 @@ def _report(trial: BaseTrial, found: ScriptValue) -> bool:
 
 
 class _Script:
-    """A script's process; each line of its output that is passed on begins with a prefix."""
+    """A script's process, whose output is forwarded with a prefix before each line."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -109,7 +109,7 @@ class _Script:
         self._oom_kills = linux.count_oom_kills()
 
     def start(self, options: RunScript) -> None:
-        # Output of Python comes line by line then, as to a terminal, and not at the end.
+        # Python then writes line by line, as to a terminal.
         env = {"PYTHONUNBUFFERED": "1", **os.environ, **options.env}
         try:
             self._process = subprocess.Popen(
@@ -135,7 +135,7 @@ class _Script:
         return None if self._process is None else self._process.poll()
 
     def read(self) -> Iterator[str]:
-        """Pass on the output until the script has ended; yield lines of standard output."""
+        """Forward the output until the script has ended; yield lines of standard output."""
         while self.exitcode is None:
             yield from self._read_ready(None if linux.can_supervise() else _INTERVAL)
         for _ in range(_LAST_READS):
@@ -145,14 +145,14 @@ class _Script:
     def stop(self, number: int, seconds: float) -> None:
         """Send a signal to the script's processes and give them time to end.
 
-        What is left then is killed with the trial's process.
+        The rest is killed with the trial's process.
         """
         if self._process is None:
             return
         deadline = time.monotonic() + seconds
         if self.exitcode is None and seconds > 0:
             if linux.can_supervise():
-                # Those whose parent ends first, such as a shell, are waited for here.
+                # Reaps those whose parent ends first, such as a shell.
                 linux.become_subreaper()
             with contextlib.suppress(OSError):
                 for signum in (number, signal.SIGCONT):
@@ -232,7 +232,7 @@ def _write(stream: Any, text: str) -> None:
 
 
 class LineSplitter:
-    """Splits a stream of bytes into lines of text, whatever bytes they are."""
+    """Splits a stream of bytes into lines of text; undecodable bytes are replaced."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -250,7 +250,7 @@ class LineSplitter:
 
 
 def _decode(line: bytes) -> str:
-    # Progress bars draw over their line; the last drawing is what a terminal shows.
+    # Progress bars overwrite their line; a terminal shows the last version.
     text = line.decode("utf-8", "replace").rstrip("\r")
     return text.rpartition("\r")[2]
 
@@ -263,7 +263,7 @@ class ScriptValue(NamedTuple):
 
 
 def find_values(line: str) -> list[ScriptValue]:
-    """Return the values in a line, none for any other line.
+    """Return the values in a line of output, empty if it has none.
 
     Processes that share the output, such as ranks, may print two objects into one line.
     """

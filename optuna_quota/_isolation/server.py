@@ -20,7 +20,7 @@ from optuna_quota._isolation.channel import (
     UnreadableMessage,
 )
 from optuna_quota._isolation.out_of_memory import find_failed_allocation_in_text
-from optuna_quota._isolation.output import Printed, replay, Warned
+from optuna_quota._isolation.output import Output, replay_output, Warned
 from optuna_quota._isolation.signals import Interrupts
 from optuna_quota._isolation.supervisor import KILL_TIME
 from optuna_quota._metering import metering_loop
@@ -29,22 +29,22 @@ from optuna_quota._usage import Breach
 
 _logger = logging.getLogger("optuna.quota.isolated")
 
-# Seconds between two looks at the trial's row, at least. Calls wait meanwhile, so that they take a
-# small share of the time also where the storage is slow or down.
+# Least seconds between two checks of the trial's row, and the most share of the time that they may
+# take, as the trial's calls wait meanwhile.
 _ROW_INTERVAL = 2.0
 _ROW_SHARE = 0.05
 
-# Seconds after the end of a trial's time in which its supervisor has to report: it gives up a
-# process that can't be killed before that, unless it hangs itself.
-PATIENCE = KILL_TIME + 60.0
+# Seconds after a trial should have ended in which its supervisor has to report. It gives up on a
+# process that can't be killed earlier, unless it hangs itself.
+REPORT_TIME = KILL_TIME + 60.0
 
 
 class NotStarted(OSError):
-    """The trial's processes were gone before they began."""
+    """The trial's processes ended before the objective began."""
 
 
 class TrialEvents(Protocol):
-    """What a server calls while it serves a trial."""
+    """Callbacks of a server while it serves a trial."""
 
     def on_ready(self, ready: messages.Ready) -> None: ...
     def on_report(self, step: int) -> None: ...
@@ -92,7 +92,7 @@ class Server:
 
     @property
     def breach(self) -> Breach | None:
-        """What the trial was stopped for, None when it was not.
+        """Why the trial was stopped, None if it was not.
 
         An objective that ended before it was asked to stop keeps its outcome, however late that
         is read here.
@@ -101,9 +101,9 @@ class Server:
         return None if ended_first else self._breach
 
     def stop(self, reason: messages.StopReason, grace_period: float) -> None:
-        """Ask the trial to stop, and kill it after the grace period; from any thread.
+        """Ask the trial to stop, and kill it after the grace period; thread-safe.
 
-        Of several reasons the first counts.
+        The first of several reasons counts.
         """
         with self._sending:
             if isinstance(reason, Breach):
@@ -114,7 +114,7 @@ class Server:
             self._send(messages.StopTrial(reason, grace_period))
 
     def kill_soon(self) -> None:
-        """Kill the trial, which ends :meth:`serve`; from any thread."""
+        """Kill the trial, which ends :meth:`serve`; thread-safe."""
         with self._sending:
             self._expect_end(0.0)
             self._send(messages.KillTrial())
@@ -139,7 +139,7 @@ class Server:
             self._serve()
 
     def close(self) -> None:
-        """Close what :meth:`serve` has opened: no process of the trial is left."""
+        """Close the connections once no process of the trial is left."""
         self._selector.close()
         for channel in self._channels[1:]:
             channel.close()
@@ -195,10 +195,10 @@ class Server:
             self._expect_end(grace_period)
 
     def _expect_end(self, seconds: float) -> None:
-        self._overdue = min(self._overdue, self._now() + seconds + PATIENCE)
+        self._overdue = min(self._overdue, self._now() + seconds + REPORT_TIME)
 
     def _check_overdue(self) -> None:
-        """Give up a supervisor that does not report; the kernel kills the trial along with it."""
+        """Kill a supervisor that does not report; the kernel kills the trial along with it."""
         if self.exit is not None or self._now() < self._overdue:
             return
         if self._supervisor is not None:
@@ -207,7 +207,7 @@ class Server:
         self.exit = messages.ExitReport(
             exitcode=None,
             stuck=f"The supervisor of the trial's process did not report its end within "
-            f"{PATIENCE:g} s of when it was due, and was killed.",
+            f"{REPORT_TIME:g} s of when it was due, and was killed.",
         )
 
     def _serve_supervisor(self, source: Any) -> None:
@@ -246,7 +246,7 @@ class Server:
             self.exit = message
 
     def _serve_process(self, channel: Channel) -> bool:
-        """Handle what a process of the trial has sent; return whether more may come."""
+        """Handle messages of a process of the trial; return whether more may come."""
         try:
             for message in channel.arrived():
                 self._handle(message, channel)
@@ -257,18 +257,18 @@ class Server:
     def _handle(self, message: Any, channel: Channel) -> None:
         if type(message) is tuple:
             self._serve_call(message, channel)
-        elif isinstance(message, (Printed, Warned, logging.LogRecord)):
+        elif isinstance(message, Output):
             if isinstance(message, Warned) and self.failed_allocation is None:
                 self.failed_allocation = find_failed_allocation_in_text(message.warning.text)
             try:
-                replay(message)
+                replay_output(message)
             except Exception:
-                _logger.exception(f"Output of {self._label} could not be forwarded.")
+                _logger.exception(f"{self._label}: a part of its output could not be shown here.")
         elif isinstance(message, messages.Ready):
             self.ready = message
             self._events.on_ready(message)
         elif isinstance(message, UnreadableMessage):
-            # It may wait for an answer; what the call was is unknown.
+            # It may wait for an answer, but the call is unreadable.
             with self._sending:
                 if self.outcome is None:
                     self.outcome = messages.Unsendable(
@@ -289,7 +289,7 @@ class Server:
             with self._interrupts.allowed():
                 answer = self._answer(call)
         except BaseException as error:
-            # An interrupt (Ctrl-C), which the objective, waiting for the answer, gets as well.
+            # An interrupt (Ctrl-C): the objective, which waits for the answer, gets it as well.
             with contextlib.suppress(OSError):
                 _send_answer((call[0], None, pack_error(error)), channel)
             raise
@@ -305,6 +305,8 @@ class Server:
         try:
             if name == rpc.CHECK:
                 value = self._events.find_breach()
+            elif name == rpc.CHOOSE:
+                value = rpc.suggest_object(self._remote[index], *(args or ()))
             elif name == rpc.MEASURE:
                 self._events.measure_gpus()
             elif name != rpc.SYNC:

@@ -1,9 +1,11 @@
-"""Signals of an isolated trial: the polite stop, those sent to a whole job, and Ctrl-C."""
+"""Signals of an isolated trial: the polite stop, signals to a whole job, and Ctrl-C."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 import contextlib
+from dataclasses import dataclass
+import faulthandler
 import os
 import pickle
 import select
@@ -15,23 +17,24 @@ from typing import Any
 
 from optuna.exceptions import TrialPruned
 
+from optuna_quota._isolation import linux
 from optuna_quota._usage import Breach, breach_error
 from optuna_quota.exceptions import LimitBreached
 
 
-# A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 keep theirs, and a
-# handler that a library installs for them does not interfere.
+# A real-time signal, so that SIGTERM, SIGINT and SIGUSR1 keep their meaning, and handlers that a
+# library installs for them don't interfere.
 STOP_SIGNAL: int = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else signal.SIGTERM
-# What the supervisor sends to a trial that waits to begin.
+# Sent by the supervisor to a trial that waits to begin.
 BEGIN = b"begin"
 
 
 class PoliteStop:
     """Raises :class:`~optuna_quota.LimitBreached` in the objective when the supervisor asks to.
 
-    The supervisor sends the reason before it sends the signal. Without a connection to one, every
-    SIGTERM is a stop. Within ``with stop:`` the exception waits until the end of the block: a
-    message that was cut off would leave a connection out of step.
+    The supervisor sends the reason before the signal. Without a supervisor, every SIGTERM is a
+    stop. Within ``with stop:`` the exception waits until the end of the block: an incomplete
+    message would make a connection unusable.
     """
 
     def __init__(self, link: socket.socket | None) -> None:
@@ -70,7 +73,7 @@ class PoliteStop:
             self._raise()
 
     def _uninstall(self) -> None:
-        """Restore the default handlers in a process that the objective forks."""
+        """Restore the default handlers in a process that the objective forked."""
         for number in self._numbers:
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, signal.SIG_DFL)
@@ -80,9 +83,12 @@ class PoliteStop:
             return
         if self._link is not None and signum == STOP_SIGNAL:
             try:
-                self._reason = pickle.loads(self._link.recv(1 << 16))
+                message = self._link.recv(1 << 16)
+                if message == BEGIN:  # it waits to begin, and is to end already
+                    message = self._link.recv(1 << 16)
+                self._reason = pickle.loads(message)
             except (OSError, EOFError):
-                # Not from the supervisor, or the second of two that came as one.
+                # Not from the supervisor, or the second of two signals that were merged.
                 return
         # Else SIGXCPU: the kernel kills at its hard limit if this is ignored.
         if self._over:
@@ -94,7 +100,7 @@ class PoliteStop:
             self._raise()
 
     def wait_to_begin(self) -> None:
-        """Wait until the supervisor lets the objective begin; it kills a trial that never fits."""
+        """Wait until the supervisor lets the objective begin; it kills a trial over its limit."""
         assert self._link is not None
         poll = select.poll()
         poll.register(self._link, select.POLLIN)
@@ -122,18 +128,19 @@ class PoliteStop:
 
 
 # A workload manager (``sbatch --signal``, ``scancel``) signals each process of a job step. The
-# processes between the study and the objective ignore that. The trial's own process gets the
-# dispositions of an ordinary child of multiprocessing when its objective begins; until then, while
-# it waits or imports, such a signal has no effect.
+# processes between the study and the objective ignore these signals, and so does the trial's own
+# process while it waits or imports. When its objective begins, it gets the dispositions of an
+# ordinary child of multiprocessing.
 
-# What a process does to itself; what can't be ignored, and what its runtime or its parent needs.
+# Errors of a process itself, signals that can't be ignored, and those that its runtime or its
+# parent needs.
 _OF_FAULTS = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"}
 _OF_RUNTIME = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGPIPE", "SIGRTMAX", "SIGRTMIN", "SIGSTOP"}
 _NOT_FOR_JOBS = _OF_FAULTS | _OF_RUNTIME
 
 JOB_SIGNALS = tuple(number for number in signal.Signals if number.name not in _NOT_FOR_JOBS)
 
-# What the objective is to find, by signal, in a process that ignores signals for now.
+# Dispositions for the objective, by signal, in a process that ignores signals for now.
 _dispositions: dict[int, Any] = {}
 
 
@@ -141,7 +148,7 @@ _dispositions: dict[int, Any] = {}
 def block_job_signals() -> Iterator[None]:
     """Block these signals in a process that is started within the block.
 
-    They would otherwise run this process's handlers there, or kill it, before it ignores them.
+    Before it ignores them, they would otherwise run this process's handlers there, or kill it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
@@ -162,22 +169,53 @@ def ignore_job_signals() -> None:
 
 
 def handle_job_signals() -> None:
-    """Let these signals have no effect until :func:`restore_signals`; in a fork of a helper.
+    """Drop these signals until :func:`restore_signals`; in a fork of a helper process.
 
-    By a handler and not by ignoring them: dispositions that a script's imports set meanwhile are
-    recognized and stay.
+    By a handler instead of ignoring them, so that dispositions set meanwhile by a script's imports
+    are recognized and kept.
     """
     for number, disposition in _dispositions.items():
         if disposition != signal.SIG_IGN:
             signal.signal(number, _pass)
 
 
-def restore_signals(kept: Collection[int] = ()) -> None:
-    """Set the dispositions of an ordinary child, but for those that were set meanwhile.
+@dataclass(frozen=True)
+class SignalState:
+    """Signal settings of the thread that starts a trial, for the trial."""
 
-    ``kept`` continue to have no effect: the study's process stops the trial for them. What the
-    objective forks, such as a pool, has to end on them.
-    """
+    # Those that continue to have no effect in the trial, as the study's process stops it for them.
+    # Processes that the objective forks, such as a pool's, end on them
+    kept: Collection[int]
+    blocked: Collection[int]
+    traced: Collection[int]  # Those at which :mod:`faulthandler` prints the stacks of all threads
+
+
+def read_signal_state(kept: Collection[int]) -> SignalState:
+    if not hasattr(signal, "pthread_sigmask"):
+        return SignalState(kept, (), ())
+    blocked = set(signal.pthread_sigmask(signal.SIG_BLOCK, ())) - _NEVER_BLOCKED
+    # A handler that Python does not know of is a library's.
+    of_libraries = [
+        n for n in linux.caught_signals(JOB_SIGNALS) if not callable(signal.getsignal(n))
+    ]
+    return SignalState(kept, blocked, _traced_among(of_libraries) if of_libraries else ())
+
+
+# A trial is stopped by these.
+_NEVER_BLOCKED = {STOP_SIGNAL, getattr(signal, "SIGXCPU", STOP_SIGNAL)}
+
+
+def _traced_among(numbers: Collection[int]) -> tuple[int, ...]:
+    # All signals registered with faulthandler have the same handler, which has no name.
+    faulthandler.register(STOP_SIGNAL, file=2)
+    handler = linux.signal_handler(STOP_SIGNAL)
+    faulthandler.unregister(STOP_SIGNAL)
+    return tuple(n for n in numbers if linux.signal_handler(n) == handler)
+
+
+def restore_signals(state: SignalState) -> None:
+    """Set the dispositions of an ordinary child, except those that were set meanwhile."""
+    kept = state.kept
     for number, disposition in _dispositions.items():
         if signal.getsignal(number) is _pass and number not in kept:
             signal.signal(number, disposition)
@@ -191,12 +229,18 @@ def restore_signals(kept: Collection[int] = ()) -> None:
 
     if kept and hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=restore_rest)
+    for number in state.traced:
+        # It takes one for registered that it was in the fork server.
+        faulthandler.unregister(number)
+        faulthandler.register(number, file=2)
+    if state.blocked:
+        signal.pthread_sigmask(signal.SIG_BLOCK, state.blocked)
 
 
 def _disposition_of_child(number: int) -> Any:
     """Return the disposition of a child process, given this process's.
 
-    An ignored signal stays ignored, such as SIGHUP under nohup. Handlers are the parent's own.
+    An ignored signal stays ignored, such as SIGHUP under nohup. Handlers are not inherited.
     """
     handler = signal.getsignal(number)
     if handler == signal.SIG_IGN:
@@ -211,13 +255,13 @@ def _pass(signum: int, frame: Any) -> None:
 
 
 class Interrupts:
-    """Ctrl-C in the study's process while it serves a trial, within ``with interrupts:``.
+    """Handles Ctrl-C in the study's process while it serves a trial, within ``with interrupts:``.
 
-    Python raises KeyboardInterrupt between any two instructions: within a message to the trial,
-    which then waits for the rest of it, or within a callback of a weak reference or a ``__del__``,
-    where it is printed and lost. Here it is raised in :meth:`allowed` blocks alone, and what was
-    lost there is raised by the next one. A second Ctrl-C is raised at once: the first may wait for
-    a message that never ends.
+    Python raises KeyboardInterrupt between any two instructions: inside a message to the trial,
+    which then waits for the rest of it, or inside a callback of a weak reference or a ``__del__``,
+    where it is printed and lost. Here it is raised only in :meth:`allowed` blocks; if it is lost
+    in one, the next one raises it. A second Ctrl-C is raised at once, as the first may wait for a
+    message that never ends.
     """
 
     def __init__(self) -> None:
@@ -226,7 +270,7 @@ class Interrupts:
         self._is_installed = False
 
     def __enter__(self) -> Interrupts:
-        """Handle SIGINT, where it is this thread's and has Python's own handler."""
+        """Handle SIGINT in the main thread, if it has Python's own handler."""
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._on_signal)
@@ -241,7 +285,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt as soon as it comes, within the block, or if it has come."""
+        """Within the block, raise KeyboardInterrupt on Ctrl-C, at once if it came earlier."""
         self._is_allowed = True
         try:
             if self._pending:

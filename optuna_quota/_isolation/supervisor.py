@@ -1,8 +1,8 @@
 """The supervisor of one trial: enforces its memory limit, stops it and kills all its processes.
 
-It is a process of its own, for three reasons. As a subreaper it inherits every orphan among the
-trial's processes, whatever session or parent these have. It never waits for the interpreter lock
-of a busy study. And it outlives a killed study for as long as it takes to kill the trial.
+It is a separate process for three reasons. As a subreaper it inherits all orphans among the
+trial's processes, whatever their session or parent. It never waits for the interpreter lock of a
+busy study. And if the study is killed, it survives to kill the trial.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from optuna_quota._isolation.memory_limits import Cgroup, DataLimit
 from optuna_quota._isolation.signals import BEGIN, STOP_SIGNAL
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._metering.linux_process import LinuxProcess
-from optuna_quota._metering.linux_process_tree import LinuxProcessTree
+from optuna_quota._metering.linux_process_tree import TreeSampler
 from optuna_quota._metering.timing import (
-    ASSUMED_GROWTH,
-    fastest_growth,
     LONGEST_INTERVAL,
     RunningClock,
     sampling_interval,
@@ -34,36 +32,42 @@ from optuna_quota._metering.timing import (
 from optuna_quota._usage import Breach
 
 
-# Bytes by which a trial may still grow once it was asked to stop for its memory: its handlers need
-# some, and one that continues to allocate gets no grace period.
+# Bytes by which a trial may grow after it was asked to stop for its memory, as its handlers need
+# some. A trial that grows by more is killed at once.
 GRACE_MARGIN = 4 * 2**20
 
-# What the kernel itself takes for each byte that a trial holds: 8 bytes for a page of 4 KiB.
+# The kernel's own memory per byte that a trial holds: 8 bytes for a page of 4 KiB.
 PAGE_TABLES = 1 / 512
 
 # Seconds between the first measurements of a trial.
 FIRST_INTERVAL = 0.001
 
-# Seconds that processes get to end by themselves once the trial's own has ended, and those that
+# Seconds that processes get to end by themselves after the trial's own, and those for helpers that
 # then remove shared memory and temporary files.
 EXIT_TIME = 0.1
 CLEANUP_TIME = 2.0
 
-# Seconds after which a killed process counts as one that can't be: to free its memory takes long,
-# but in a system call of a failed device or file system it stays for ever.
+# Seconds after which a killed process counts as one that can't be killed: freeing its memory takes
+# time, but in a system call on a failed device or file system it never ends.
 KILL_TIME = 60.0
 
-# Seconds between checks whether the study's process is stopped.
+# Seconds in which a trial that was asked to stop for its memory is measured most often, and
+# seconds between these measurements: until it has stopped, it takes up to 10 MiB in each
+# millisecond.
+_HURRY = 0.02
+_HURRIED_INTERVAL = 0.0001
+
+# Seconds between checks whether the study's process or the trial's is stopped.
 _SUSPENSION_PERIOD = 0.05
-# Seconds that one look at what a trial has left counts at most.
+# One check of a trial's remaining processes counts as this many seconds at most.
 _LONGEST_TURN = 0.05
 
 
 class Supervisor:
     """Supervises one trial, a child process, until none of its processes is left.
 
-    ``control`` leads to the study's process, of which ``parent`` is a pidfd, ``link`` to the
-    trial's. ``monitoring`` is given where this process was forked from the study's.
+    ``control`` connects to the study's process, of which ``parent`` is a pidfd, ``link`` to the
+    trial's. ``monitoring`` is given if this process was forked from the study's.
     """
 
     def __init__(
@@ -84,10 +88,10 @@ class Supervisor:
         self._parent = parent
         self._crash_file = crash_file
         self._cgroup = cgroup
-        self._memory = _TreeMemory(child, forked_from_study=monitoring is not None)
+        self._memory = TreeSampler(child, forked_from_study=monitoring is not None)
         self._monitoring: messages.BeginMonitoring | None = None
         self._oom_kills_before = 0
-        # Deadlines and limits on time leave out pauses, of this process and of the study's.
+        # Deadlines and limits on time exclude pauses of this process and of the study's.
         self._clock = RunningClock()
         self._monitored_since = 0.0
         self._ready_at: float | None = None
@@ -99,6 +103,8 @@ class Supervisor:
         self._breach: Breach | None = None
         self._stop_requested = False
         self._deadline = math.inf
+        self._hurry_until = -math.inf
+        self._look_due = -math.inf
         self._paused_at: float | None = None
         self._pause_reported = False
         self._killer: messages.Killer | None = None
@@ -120,7 +126,7 @@ class Supervisor:
             if self._control.fileno() in ready or self._control.pending():
                 self._receive()
             # After the first message, which is sent before the objective can begin.
-            if link in ready:
+            if link in ready and self._exitcode is None:
                 self._poll.unregister(link)
                 self._begin_enforcing()
             if self._parent in ready:
@@ -132,14 +138,14 @@ class Supervisor:
                 return self._give_up()
 
     def _tick(self) -> float | None:
-        """Do what is due; return the seconds until something is, None for any time."""
+        """Do what is due; return the seconds until the next task, None without one."""
         self._exitcode = linux.reap().get(self._child, self._exitcode)
         if self._exitcode is not None:
             return 0.0
         now = self._clock()
         if self._killed_at < math.inf:
-            # To look at a process that hangs in the kernel may hang as well.
-            # In one long sleep, a pause of this process would go unseen.
+            # Reading the state of a process that hangs in the kernel may hang as well.
+            # During one long sleep, a pause of this process would not be noticed.
             return min(LONGEST_INTERVAL, max(0.0, self._killed_at + KILL_TIME - now))
         if self._monitoring is None:
             return None
@@ -155,7 +161,7 @@ class Supervisor:
         try:
             message = self._control.receive()
         except (EOFError, OSError):
-            # The study's process is gone, or has given up this trial.
+            # The study's process is gone, or has abandoned this trial.
             with contextlib.suppress(KeyError):
                 self._poll.unregister(self._control.fileno())
             self._kill("request")
@@ -189,15 +195,17 @@ class Supervisor:
         if self._monitoring is None:
             return  # the study's process is gone
         now = self._ready_at = self._clock()
+        self._memory.begin(ready.memory)
         limit = self._monitoring.memory
         if limit is not None and ready.waits:
             memory = self._memory.read(now, limit)
             if is_breach("memory", memory, limit):
-                self._report_breach(memory, limit, now, before_objective=True)
+                breach = self._breach_of_memory(memory, limit, now)
+                self._report(breach, 0.0, before_objective=True)
                 self._kill("breach")
                 return
         if ready.waits:
-            # Even without a limit here: the trial may have been sent one that came just then.
+            # Even without a limit here, as a message with one may have just arrived.
             with contextlib.suppress(OSError):
                 self._link.send(BEGIN)
         if limit is None:
@@ -205,7 +213,7 @@ class Supervisor:
         if ready.data_limit is not None:
             self._data_limit = DataLimit(self._child, limit, ready.data_limit)
         if self._cgroup is not None:
-            # The kernel kills a trial, too, that was asked to stop and continues to grow.
+            # The kernel also kills a trial that was asked to stop and continues to grow.
             room = limit - self._memory.read(now) + GRACE_MARGIN
             with contextlib.suppress(OSError):
                 self._cgroup.limit_memory(room + PAGE_TABLES * limit)
@@ -214,13 +222,14 @@ class Supervisor:
         """Measure; stop the trial for a breach; return the seconds until the next measurement."""
         assert self._monitoring is not None and self._ready_at is not None
         limit = self._monitoring.memory
-        # At first often, so that the peak of a short trial is seen.
+        # Often at first, to see the peak of a short trial.
         wait = min(LONGEST_INTERVAL, max(FIRST_INTERVAL, (now - self._ready_at) / 8))
+        self._memory.thorough_interval = wait
         if limit is None:
             self._memory.read(now)
             return wait
         if self._breach is not None and self._breach.resource == "memory":
-            # Whether it continues to grow needs no exact reading.
+            # A rough reading shows whether it continues to grow.
             limit = max(limit, self._breach.observed) + GRACE_MARGIN
             memory = max(self._memory.read(now), self._memory.at_most())
         else:
@@ -234,20 +243,26 @@ class Supervisor:
                 # It gets no grace period while it continues to grow.
                 self._kill("breach")
             else:
-                breach = self._report_breach(memory, limit, now)
+                # First the stop: the trial takes memory until it has it.
+                breach = self._breach_of_memory(memory, limit, now)
                 self._stop(breach, self._monitoring.grace_period)
-        return min(wait, sampling_interval(limit - memory, self._memory.growth))
+                self._report(breach, self._monitoring.grace_period)
+                self._hurry_until = now + _HURRY
+        if now < self._hurry_until:
+            return _HURRIED_INTERVAL
+        headroom = limit - max(memory, self._memory.at_most())
+        return min(wait, sampling_interval(headroom, self._memory.growth))
 
-    def _report_breach(
-        self, memory: float, limit: float, now: float, *, before_objective: bool = False
-    ) -> Breach:
+    def _breach_of_memory(self, memory: float, limit: float, now: float) -> Breach:
         assert self._monitoring is not None
         elapsed = self._monitoring.elapsed + now - self._monitored_since
-        breach = Breach("memory", limit, memory, elapsed, quota=self._monitoring.quota)
+        return Breach("memory", limit, memory, elapsed, quota=self._monitoring.quota)
+
+    def _report(
+        self, breach: Breach, grace_period: float, *, before_objective: bool = False
+    ) -> None:
         with contextlib.suppress(OSError):
-            grace_period = 0.0 if before_objective else self._monitoring.grace_period
             self._control.send(messages.BreachFound(breach, before_objective, grace_period))
-        return breach
 
     # Stop and kill.
 
@@ -269,7 +284,7 @@ class Supervisor:
                 signal.pidfd_send_signal(self._child_handle, number)
 
     def _kill(self, killer: messages.Killer | None = None) -> None:
-        """Kill the trial's own process; what it started is killed when it is gone."""
+        """Kill the trial's processes; any that are missed are killed once its own has ended."""
         self._killer = self._killer or killer or ("breach" if self._breach else "request")
         self._killed_at = min(self._killed_at, self._clock())
         self._deadline = math.inf
@@ -277,11 +292,14 @@ class Supervisor:
             self._cgroup.kill()
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self._child_handle, signal.SIGKILL)
+        # Freeing its memory takes time, in which a worker may continue to allocate.
+        left = linux.descendants()
+        linux.send(signal.SIGKILL, (p for p in left if _is_killable(p)), left)
 
     # Pauses.
 
     def _is_suspended(self, now: float) -> bool:
-        """Return whether the trial is stopped because its study is; that time does not count."""
+        """Return whether the trial is suspended along with its study; that time does not count."""
         if self._suspended_at is not None:
             self._clock.skip(now - self._suspended_at)
         elif now < self._suspension_due:
@@ -293,8 +311,11 @@ class Supervisor:
         return is_on
 
     def _check_paused(self, now: float) -> None:
-        """Kill a process that a signal has stopped and that stays so: the study would hang."""
+        """Kill a process that a signal has suspended for too long, as the study would hang."""
         assert self._monitoring is not None
+        if now < self._look_due:
+            return
+        self._look_due = now + _SUSPENSION_PERIOD
         timeout = self._monitoring.grace_period
         if linux.process_state(self._child) != "T":
             self._paused_at, self._pause_reported = None, False
@@ -313,22 +334,24 @@ class Supervisor:
     def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
             self._exitcode = linux.reap().get(self._child)
-        return self._report(*self._kill_leftovers())
+        with contextlib.suppress(OSError, EOFError):  # it was killed
+            self._memory.end(pickle.loads(self._link.recv(1 << 16, socket.MSG_DONTWAIT)))
+        return self._exit_report(*self._kill_leftovers())
 
     def _give_up(self) -> messages.ExitReport:
-        """Kill all but the trial's own process, which can't be, and report."""
+        """Kill all but the trial's own process, which can't be killed, and report."""
         killed = {self._child}
         while new := [pid for pid in linux.descendants() if pid not in killed]:
             killed.update(new)
-            # To read the command of what waits in the kernel may hang as well.
+            # Reading the command of a process that hangs in the kernel may hang as well.
             hanging = [pid for pid in new if linux.process_state(pid) == "D"]
             linux.send(signal.SIGKILL, hanging, killed)
-            # What would remove shared memory waits for that process as well.
+            # The helpers that remove shared memory wait for that process as well.
             doomed = (p for p in new if p not in hanging and not linux.is_cleaner(p))
             linux.send(signal.SIGKILL, doomed, killed)
-        return self._report((), [self._child])
+        return self._exit_report((), [self._child])
 
-    def _report(self, leftovers: tuple[str, ...], stuck: list[int]) -> messages.ExitReport:
+    def _exit_report(self, leftovers: tuple[str, ...], stuck: list[int]) -> messages.ExitReport:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_time = used.ru_utime + used.ru_stime
         for pid in linux.descendants() if stuck else ():
@@ -362,10 +385,12 @@ class Supervisor:
         leftovers: dict[int, str] = {}
         age, now, give_up = 0.0, time.monotonic(), math.inf
         exit_time = EXIT_TIME if self._killer is None else 0.0
+        if self._breach is not None and self._breach.resource == "memory":
+            exit_time = 0.0  # one of them may be growing
         while True:
             linux.reap()
             left, before, now = linux.descendants(), now, time.monotonic()
-            # They could not end in a pause, a long turn; the clock sees only one in a sleep.
+            # They can't end during a pause, which the clock detects only during a sleep.
             age += min(now - before, _LONGEST_TURN)
             if not left or age > give_up:
                 return tuple(leftovers.values()), left
@@ -381,47 +406,10 @@ class Supervisor:
             time.sleep(0.0005)
 
 
-class _TreeMemory:
-    """The memory of the trial's process tree, with the orphans that this process inherits."""
-
-    def __init__(self, child: int, *, forked_from_study: bool) -> None:
-        self.outsiders = 0
-        self.peak = self.unseen_peak = 0.0
-        self.growth = ASSUMED_GROWTH  # the fastest to expect, in bytes a second
-        self._child = child
-        self._forked_from_study = forked_from_study
-        self._tree: LinuxProcessTree | None = None
-        self._last: tuple[float, float] | None = None
-        self._thorough_due = 0.0
-
-    def read(self, now: float, limit: float = math.inf) -> float:
-        """Return the memory now, in bytes, exact where it is near the limit."""
-        if self._tree is None:
-            self._tree = LinuxProcessTree(
-                self._child,
-                reaper=os.getpid(),
-                forked_from_study=self._forked_from_study,
-                outsiders=self.outsiders,
-            )
-            self._tree.reset_peak()
-        # A look at each process costs more with each one.
-        thorough = now >= self._thorough_due
-        start = time.thread_time()
-        found = self._tree.read(thorough=thorough, ceiling=limit)
-        memory = found.memory or 0.0
-        if thorough:
-            cost = time.thread_time() - start
-            self._thorough_due = now + min(LONGEST_INTERVAL, max(0.005, 20 * cost))
-        self.peak = max(self.peak, memory)
-        self.unseen_peak = max(self.unseen_peak, found.peak or 0.0)
-        if self._last is not None and now > self._last[0]:
-            growth = (memory - self._last[1]) / (now - self._last[0])
-            self.growth = fastest_growth(self.growth, growth)
-        self._last = (now, memory)
-        return memory
-
-    def at_most(self) -> float:
-        return 0.0 if self._tree is None else self._tree.at_most()
+def _is_killable(pid: int) -> bool:
+    """Return whether a process neither hangs in the kernel nor cleans up after others."""
+    # Reading the command of a process that hangs may hang as well.
+    return linux.process_state(pid) != "D" and not linux.is_cleaner(pid)
 
 
 def _describe_stuck(pids: list[int]) -> str:
@@ -433,7 +421,7 @@ def _describe_stuck(pids: list[int]) -> str:
 
 
 def _poll(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:
-    """Poll, also for less than a millisecond, which is the unit of ``poll``."""
+    """Poll with a timeout that may be below a millisecond, the unit of ``poll``."""
     if seconds is None:
         return poll.poll()
     if 0 < seconds < 0.001:

@@ -1,4 +1,4 @@
-"""Which workers are dead and what their trials are charged, and whether others run now."""
+"""Finds dead workers, charges their trials to the quota, and finds other running workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from optuna_quota._usage import Usage
 HEARTBEATS_PER_LEASE = 4
 # Seconds without a heartbeat after which a worker on another machine counts as dead.
 LEASE = HEARTBEATS_PER_LEASE * HEARTBEAT
-# A worker that no ledger knows may be slow to write into a row that it created.
+# A worker without a ledger may write into its new row late.
 _LEASES_OF_UNTOUCHED = 10
 
 
@@ -39,16 +39,16 @@ class OrphanedTrial:
 
     entry: Entry
     reason: str  # A sentence for the trial table
-    silent: float  # Seconds since the last sign of life
+    silent: float  # Seconds since the last change of its row
     here: bool = False  # Whether it ran on this machine, so that its clock is this one's
 
 
 class Leases:
-    """Watches rows change, on this process's monotonic clock as others' clocks may differ.
+    """Finds dead workers by when rows last changed, on this process's monotonic clock.
 
-    A worker on this machine is judged by its process. Any other is dead when its row has not
-    changed for a whole lease while this process was looking. So is one that asks for a whole
-    lease, as asking takes moments, and the creator of a row that was untouched for ten leases.
+    A worker on this machine is dead when its process is. On another machine, it is dead when its
+    row has not changed for a whole lease. So is a worker whose request stays open for a lease,
+    which normally takes milliseconds, and one that left its new row empty for ten leases.
     """
 
     def __init__(self, lease: float, is_alive: Callable[[Worker], bool | None]) -> None:
@@ -80,7 +80,9 @@ class Leases:
         alive = self._is_alive(held.worker)
         if alive is False:
             return OrphanedTrial(entry, f"Its worker {held.worker.label} died.", silent, here=True)
-        overdue = silent > self.lease and (alive is None or bool(held.asked))
+        # If the worker's own lease is longer, two heartbeats must be missing.
+        longest = max(self.lease, 2 * held.every)
+        overdue = silent > longest and (alive is None or bool(held.asked))
         if overdue or (alive is None and entry.trial_id in stale):
             text = (
                 f"Its worker {held.worker.label} sent no heartbeat for "
@@ -107,9 +109,8 @@ def charge_orphan(
 ) -> dict[str, float]:
     """Return what an orphaned trial is charged, by resource.
 
-    That is what its last heartbeat showed and, for the time from then until it was known to be
-    dead, the highest rate of any trial; the cores of this machine are a bound, and so is what it
-    was granted. On this machine, too, a live worker would have shown itself within a lease.
+    That is its usage at its last heartbeat plus, for the time until it was known to be dead, the
+    highest rate of any trial; at most its grant, and on this machine all cores and one lease.
     """
     held = orphan.entry.reservation
     if held is None or held.began is None:
@@ -136,7 +137,7 @@ def charge_orphan(
 
 
 def usage_rates(trials: Iterable[FrozenTrial]) -> dict[str, float]:
-    """Return the highest usage of a finished trial in each second of its time, by resource."""
+    """Return the highest usage per second of wall time of any finished trial, by resource."""
     rates: dict[str, float] = {}
     for trial in trials:
         usage = parse_record(trial.user_attrs).usage if trial.state.is_finished() else Usage()
@@ -148,10 +149,10 @@ def usage_rates(trials: Iterable[FrozenTrial]) -> dict[str, float]:
 
 
 def others_run(study: Study) -> bool:
-    """Return whether another process runs trials of a study, or did a moment ago.
+    """Return whether another process runs trials of a study.
 
-    A worker between two trials counts, as it draws the point of the next one. One on another
-    machine, whose process can't be seen, counts while its last sign of life is recent.
+    A worker that is between two trials counts. A worker on another machine counts while its last
+    heartbeat is recent.
     """
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
     trials, now = storage.get_all_trials(study_id, deepcopy=False), time.time()
@@ -168,5 +169,5 @@ def _is_run_elsewhere(trial: FrozenTrial, now: float) -> bool:
         return False
     alive = is_alive(held.worker)
     if alive is None and ended is None:
-        return held.beat is not None and now - held.beat < LEASE
+        return held.beat is not None and now - held.beat < HEARTBEATS_PER_LEASE * held.every
     return alive is not False

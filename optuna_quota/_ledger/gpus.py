@@ -1,27 +1,25 @@
-"""This machine's GPUs, and which of them a trial is given: those with the most room.
+"""Assigns GPUs of this machine to trials: those with the most free memory.
 
-The memory of each GPU is a resource of its own, held at one moment on one machine, so that the
-protocol settles between workers which trial gets it. What processes outside of the study hold is
-read when a trial starts; nothing waits for them.
+The memory of each GPU is a resource of its own, which the protocol shares among workers. What
+processes outside of the study hold is read when a trial starts; no trial waits for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 import os
-from types import MappingProxyType
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
+from optuna_quota._metering.meter import log_once
 from optuna_quota._metering.nvml import answer_in_time, GpuError
 from optuna_quota._metering.visible_gpus import memory_by_device, visible_gpus
-from optuna_quota._metering.warn import warn_once
 from optuna_quota._units import counted
 
 
-# The smallest share of a GPU's memory with which a trial of unknown needs starts.
+# A trial of unknown footprint needs at least this share of a GPU's memory to start.
 _MIN_SHARE = 1 / 8
-# Seconds that a study waits for a driver that is slow to start: what it says holds for all trials.
+# Seconds that a study waits for a driver to start: the answer is used for all its trials.
 _STUDY_START_TIME = 60.0
 
 
@@ -38,64 +36,48 @@ class Gpu:
         return DEVICE + self.uuid
 
 
-def request_gpus(
-    gpus: Sequence[Gpu],
-    claims: Iterable[Claim],
-    machine: str,
-    need: float | None,
-    *,
-    count: int = 1,
-    in_use: Mapping[str, float] = MappingProxyType({}),
-) -> dict[str, ResourceRequest]:
-    """Return the request for the GPUs with the most room; empty without GPUs.
-
-    ``need`` is in bytes, evenly on all of a trial's GPUs, None if unknown; ``in_use`` has what
-    all processes hold now, by UUID, where known.
-    """
-    here = [claim for claim in claims if claim.machine == machine]
-    each = None if need is None else need / count
-    room, usable = {}, {}
-    for gpu in gpus:
-        name = gpu.resource
-        held = sum(max(c.granted.get(name, 0.0), c.asked.get(name, 0.0)) for c in here)
-        # Only what exceeds all grants is surely other processes'.
-        outside = max(0.0, in_use.get(gpu.uuid, 0.0) - held)
-        usable[gpu] = gpu.memory - outside
-        room[gpu] = usable[gpu] - held
-    # One that is full of others' memory comes last: no trial of this study will free it.
-    order = sorted(
-        gpus, key=lambda gpu: (each is None or usable[gpu] >= each, room[gpu]), reverse=True
-    )
-    requests = {}
-    for gpu in order[:count]:
-        least = _MIN_SHARE * gpu.memory if each is None else each
-        most = max(least, room[gpu] / 2) if each is None else each
-        requests[gpu.resource] = ResourceRequest(least, most)
-    return requests
-
-
 @dataclass(frozen=True)
 class GpuChoice:
-    """Which GPUs one trial requests; the fields are arguments of :func:`request_gpus`."""
+    """Which GPUs one trial requests: those with the most room."""
 
     gpus: Sequence[Gpu]
     machine: str
-    need: float | None
-    count: int
-    in_use: Mapping[str, float]
+    need: float | None  # bytes, evenly on all of the trial's GPUs; None if unknown
+    count: int = 1
+    # What all processes hold now, in bytes by UUID, where known.
+    in_use: Mapping[str, float] = field(default_factory=dict)
 
     def request(self, claims: Iterable[Claim]) -> dict[str, ResourceRequest]:
-        return request_gpus(
-            self.gpus, claims, self.machine, self.need, count=self.count, in_use=self.in_use
-        )
+        """Return the request for GPUs beside these claims; empty without GPUs."""
+        here = [claim for claim in claims if claim.machine == self.machine]
+        each = None if self.need is None else self.need / self.count
+        room, usable = {}, {}
+        for gpu in self.gpus:
+            name = gpu.resource
+            held = sum(max(c.granted.get(name, 0.0), c.asked.get(name, 0.0)) for c in here)
+            # Only memory beyond all grants certainly belongs to other processes.
+            outside = max(0.0, self.in_use.get(gpu.uuid, 0.0) - held)
+            usable[gpu] = gpu.memory - outside
+            room[gpu] = usable[gpu] - held
+
+        def preference(gpu: Gpu) -> tuple[bool, float]:
+            # A GPU full of other processes' memory comes last: no trial of the study will free it.
+            return each is None or usable[gpu] >= each, room[gpu]
+
+        requests = {}
+        for gpu in sorted(self.gpus, key=preference, reverse=True)[: self.count]:
+            least = _MIN_SHARE * gpu.memory if each is None else each
+            most = max(least, room[gpu] / 2) if each is None else each
+            requests[gpu.resource] = ResourceRequest(least, most)
+        return requests
 
     def revise(
         self, requests: Mapping[str, ResourceRequest], number: int, claims: Iterable[Claim]
     ) -> dict[str, ResourceRequest] | None:
-        """Return what to request after all, as others ask for the same GPUs; None if settled.
+        """Return a new request if others ask for the same GPUs, None if there is no conflict.
 
-        Of trials that ask at once, the one with the lower number has its choice. It asks again
-        until the others have seen that: one may have read the claims before this was among them.
+        Of trials that ask at once, the lowest number chooses first. It asks again until the others
+        have seen its claim, which they may have read the rows too early for.
         """
         others = [claim for claim in claims if claim.number != number]
         before = [each if each.number < number else replace(each, asked={}) for each in others]
@@ -112,7 +94,7 @@ def find_gpus(granted: Mapping[str, float]) -> str | None:
 
 
 def check_gpus_per_trial(gpus: Sequence[Gpu], count: int) -> None:
-    """Raise a ValueError if no trial can have so many of these GPUs."""
+    """Raise ValueError if there are fewer than ``gpus_per_trial`` GPUs."""
     if not gpus or count == 1:
         return
     whole = [gpu for gpu in gpus if not gpu.uuid.startswith("MIG-")]
@@ -133,19 +115,20 @@ def memory_in_use(gpus: Sequence[Gpu]) -> dict[str, float]:
 def gpus_here() -> Sequence[Gpu]:
     """Return the GPUs that CUDA shows to this process, by the names that CUDA accepts.
 
-    Returns none, with a warning, if NVML is not available: each trial then sees all GPUs.
+    Without NVML, returns none and warns: each trial then sees all GPUs.
     """
     try:
         shown = visible_gpus(os.environ, within=_STUDY_START_TIME)
         totals = answer_in_time(lambda: [float(gpu.memory()[1]) for gpu in shown.devices])
         uuids = answer_in_time(lambda: [gpu.uuid() for gpu in shown.devices])
     except GpuError as error:
-        warn_once("gpu: one a trial", f"Trials are not assigned to single GPUs: {error.reason}.")
+        message = f"Trials are not assigned GPUs of their own, and see all: {error.reason}."
+        log_once("gpu: one a trial", message)
         return ()
     if not shown.unresolved:
         return [Gpu(uuid, total) for uuid, total in zip(uuids, totals, strict=True)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    warn_once(
+    log_once(
         "gpu: unresolved",
         f"CUDA_VISIBLE_DEVICES={visible} is ambiguous: the GPUs differ, and CUDA numbers the "
         "fastest first. Trials get these numbers unchanged, and the memory of the smallest GPU "

@@ -1,14 +1,13 @@
 """Computes how much of a quota a trial requests, and when it is refused. No I/O.
 
-With a known footprint, a trial requests its upper bound, all or nothing. Of a total of which only
-a limit is known, or nothing, a fixed reservation would either starve the others or not bound the
-trial, so it requests a slice of what is left, and further slices as it uses them up; a slice is
-never more than the limit. Slices shrink with what is left, so that little is still reserved when a
-quota runs out.
+With a known footprint, a trial requests its upper bound, all or nothing. Without one, a fixed
+reservation of a total would either starve other trials or not bound this one. So it requests a
+slice of what is left, at most its limit, and further slices as it uses them up. Slices shrink with
+what is left, so that little is still reserved when a quota runs out.
 
-What is held at one moment is promised as a whole, since a trial stopped for it has run in vain:
-the upper bound of the footprint, or the limit, or else an even share of the quota. If nothing is
-known, the trial is alone with the quota until its footprint is learned.
+Memory and other resources held at one moment are granted as a whole, as a trial that is stopped
+for them has wasted its time: the upper bound of the footprint, or the limit, or else an even share
+of the quota. If nothing is known, the trial gets the whole quota until its footprint is learned.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from optuna_quota._units import counted
 
 
 RequestedBy = Literal["optimize", "ask", "ask in a batch"]
-# What is free by resource, and the number of other running trials, to the least that any point is
-# expected to use.
+# From what is free by resource, and the number of other running trials, to the smallest expected
+# usage of any point.
 Needs = Callable[[Mapping[str, float], int], Mapping[str, float]]
 _NOTHING: Mapping[str, float] = MappingProxyType({})
 
-# A smaller share of a quota is not worth running for: the quota counts as used up.
+# With less than this share left, a quota counts as used up.
 _MIN_SHARE = 1e-3
-# The smallest share of what is held at one moment with which a trial of unknown needs starts.
+# A trial of unknown footprint starts with at least this share of a quota on memory and the like.
 _MIN_HELD_SHARE = 1 / 8
-# A grant is reduced once the point is known, if that needs less than this part of it.
+# A grant is reduced if the trial's point needs less than this share of it.
 _RELEASE_BELOW = 0.9
 
 
@@ -69,15 +68,15 @@ def initial_requests(
     n_jobs: int | None = None,
     requested_by: RequestedBy = "optimize",
 ) -> dict[str, ResourceRequest]:
-    """Return what a trial requests before it runs, by what is free and how many others run.
+    """Return what a trial requests before it runs, given what is free and how many others run.
 
-    ``footprint`` has upper bounds of its usage that the user stated, ``bounds`` those of what it
-    will hold that were learned, ``needs`` the least that any point is expected to use. Without
-    limit and bound, each of ``n_jobs`` trials is promised an even share of what may be held.
+    ``footprint`` has upper bounds that the user stated, ``bounds`` learned ones of memory and the
+    like, ``needs`` the smallest expected usage of any point. Without limit and bound, each of
+    ``n_jobs`` trials requests an even share of a quota on memory and the like.
 
-    A thread that calls ``ask`` may do so several times before any ``tell``. A trial of unknown
-    needs then takes a part of what is free only. In a batch, where waiting for the others could
-    be a deadlock, less than the bound is enough.
+    A thread may call ``ask`` several times before it calls ``tell``. Then a trial of unknown
+    footprint requests only a part of what is free. In such a batch, where waiting for the others
+    could be a deadlock, it accepts less than its bound.
     """
     ceilings = _with_time_and_cost(limits.amounts(), quota)
     expected = _with_time_and_cost(footprint, quota)
@@ -120,10 +119,10 @@ def extension_requests(
     *,
     exactly: bool = False,
 ) -> dict[str, ResourceRequest]:
-    """Return what a running trial requests when what it was granted runs low.
+    """Return what a running trial requests when its grant runs low.
 
     ``needs`` has its usage of the resources that run low: the least that it accepts in all, and
-    the most if it is requested exactly.
+    with ``exactly`` also the most.
     """
     ceilings, totals = _with_time_and_cost(limits.amounts(), quota), quota.amounts()
     requests: dict[str, ResourceRequest] = {}
@@ -149,10 +148,10 @@ def revise_grant(
     expected: Mapping[str, float],
     used: Mapping[str, float] = _NOTHING,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return what a trial needs less of than it was granted, and more, once its point is known.
+    """Return which grants to reduce and to raise, once the trial's point is known.
 
-    ``expected`` has what it will hold at most and is expected to use of totals; ``used`` what it
-    has used so far, as it may suggest its last parameter late.
+    ``expected`` has upper bounds of what it will hold, and its expected usage of totals; ``used``
+    is its usage so far, as it may suggest its last parameter late.
     """
     smaller, larger = {}, {}
     needs, spent = _with_time_and_cost(expected, quota), _with_time_and_cost(used, quota)
@@ -170,7 +169,7 @@ def revise_grant(
 def left_for_trial(
     quota: Quota, granted: Mapping[str, float], free: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return what a trial may use so that no total is exceeded, by the resource that it uses."""
+    """Return what a trial may use of each resource without exceeding a total."""
     left: dict[str, float] = {}
     for name in quota.totals.keys() & granted.keys():
         amount, used = granted[name] + free.get(name, 0.0), CHARGED_RESOURCES.get(name, name)
@@ -191,6 +190,9 @@ class Refusal(Shortage):
     final: bool = False
     late: bool = False  # Whether the study ended while the trial waited
     temporary: bool = False  # Whether a trial may be admitted once one that runs has ended
+    by_deadline: bool = False  # Whether it is this worker's deadline and no quota
+    # Whether any trial would have been refused, so that an enqueued one may run later or elsewhere
+    of_any: bool = False
 
 
 def refuse_never_fitting(short: Shortage) -> Refusal | None:
@@ -208,15 +210,15 @@ def refuse_study_ended(short: Shortage) -> Refusal:
     """Return the refusal of a trial that waited until its study ended."""
     title = _resource_of(short).title
     reason = f"The study ended while this trial waited for {title} that other trials hold."
-    return Refusal(**vars(short), reason=reason, late=True)
+    return Refusal(**vars(short), reason=reason, late=True, of_any=True)
 
 
 def refuse_to_wait(short: Shortage, claims: Iterable[Claim], number: int) -> Refusal:
-    """Return the refusal of a trial, by its number, that must not wait for those that run."""
+    """Return the refusal of a trial that must not wait for the running ones."""
     others = ", ".join(str(claim.number) for claim in claims if claim.number != number)
     title = _resource_of(short).title
     reason = f"Running trials ({others}) hold what is left of {title}: ask again after a `tell`."
-    return Refusal(**vars(short), reason=reason, temporary=True)
+    return Refusal(**vars(short), reason=reason, temporary=True, of_any=True)
 
 
 def refuse_exhausted(
@@ -228,8 +230,8 @@ def refuse_exhausted(
 ) -> Refusal | None:
     """Return a refusal if too little of a total is left for any trial, else None.
 
-    Of its ``footprint`` only clock time counts here, which overlapping trials share, so that it
-    can't be reserved; ``needs`` has the least that any point is expected to use.
+    Of ``footprint``, only clock time counts here: overlapping trials share it, so it can't be
+    reserved. ``needs`` has the smallest expected usage of any point.
     """
     least_needs = _with_time_and_cost(needs, quota)
     for name, total in quota.totals.items():
@@ -240,8 +242,8 @@ def refuse_exhausted(
         held, spent = granted.get(name, 0.0), used.get(name, 0.0)
         taken = spent + held if name == "n_trials" else spent
         if taken + least > quota_bound(total):
-            short = Shortage(name, least, spent, held, total)
-            return Refusal(**vars(short), reason=_describe(short), final=True)
+            short = Shortage(name, least, total, spent, held)
+            return Refusal(**vars(short), reason=_describe(short), final=True, of_any=True)
     return None
 
 
@@ -255,9 +257,10 @@ def _describe(short: Shortage) -> str:
     title, wanted, quota = resource.title, resource.format(short.wanted), short.quota
     total = resource.format(quota)
     if short.resource.startswith(DEVICE):
-        return f"It needs {wanted} on {short.resource.removeprefix(DEVICE)}, which has {total}."
+        gpu = short.resource.removeprefix(DEVICE)
+        return f"The trial needs {wanted} of {title} on {gpu}, which has {total}."
     if is_held(short.resource):
-        return f"It needs {wanted} of {title}; the quota is {total}."
+        return f"The trial needs {wanted} of {title}, more than the whole quota of {total}."
     used, reserved = resource.format(short.used), resource.format(short.reserved)
     if short.resource == "n_trials":
         running = f", {reserved} running" if short.reserved > 0 else ""
@@ -274,7 +277,7 @@ def _describe(short: Shortage) -> str:
 
 
 def describe_serial(short: Shortage | None, quota: Quota) -> str | None:
-    """Return a log line if trials run one at a time as each may need a whole quota, else None."""
+    """Return a log line if trials run one at a time since each may need the whole quota."""
     if short is None or short.wanted < quota.held.get(short.resource, math.inf):
         return None
     return (
@@ -284,7 +287,7 @@ def describe_serial(short: Shortage | None, quota: Quota) -> str | None:
 
 
 def describe_resumed(quota: Quota, used: Mapping[str, float]) -> str | None:
-    """Return a log line on what a resumed study's trials have used, None before the first."""
+    """Return a log line with the usage of a resumed study's trials, None without any."""
     n_trials = int(used.get("n_trials", 0))
     parts = [
         f"{format_amount(name, used.get(name, 0.0))} of {format_amount(name, total)} "

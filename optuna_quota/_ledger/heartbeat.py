@@ -1,8 +1,8 @@
-"""This process's running trials, and the thread that extends and renews their reservations."""
+"""This process's running trials, and the thread that renews and extends their reservations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 import logging
@@ -11,6 +11,7 @@ import threading
 import time
 from weakref import finalize, WeakMethod
 
+from optuna_quota._ledger.grant import RequestedBy
 from optuna_quota._ledger.protocol import DEVICE, Reservation
 from optuna_quota._limits import Limits
 from optuna_quota._metering import TrialMonitor
@@ -18,8 +19,8 @@ from optuna_quota._metering import TrialMonitor
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
-# Seconds that the thread outlives the last trial: starting one for each costs more than a trial's
-# whole admission.
+# Seconds that the thread outlives the last trial: starting a thread costs more than admitting a
+# trial.
 _LINGER = 2.0
 
 _this_thread = threading.local()
@@ -27,7 +28,7 @@ _this_thread = threading.local()
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Refuse trials that this thread asks for within the block where they would have to wait."""
+    """Within the block, refuse trials of this thread that would have to wait."""
     _this_thread.must_not_wait = True
     try:
         yield
@@ -37,7 +38,7 @@ def no_waiting() -> Iterator[None]:
 
 @dataclass
 class RunningTrial:
-    """One trial of this process that was granted its start."""
+    """One admitted trial of this process."""
 
     trial_id: int
     number: int
@@ -51,12 +52,12 @@ class RunningTrial:
 
     @property
     def began(self) -> float:
-        """The start, later by the time for which this process was suspended since."""
+        """The start, moved by the time for which this process was suspended since."""
         return self.start + (0.0 if self.monitor is None else self.monitor.paused)
 
     @property
     def left(self) -> Mapping[str, float]:
-        """What it may use for now, by resource; time until the study's is used up as well."""
+        """What it may use of totals for now, by resource."""
         granted = self.reservation.granted
         left = {k: v for k, v in granted.items() if k != "n_trials" and not k.startswith(DEVICE)}
         if self.deadline is not None:
@@ -65,7 +66,7 @@ class RunningTrial:
 
 
 class RunningTrials(dict[int, RunningTrial]):
-    """This process's running trials by id, and which threads asked for them and tell them.
+    """This process's running trials by id, and which threads call ``ask`` and ``tell`` for them.
 
     Hold ``lock`` while changing a running trial.
     """
@@ -73,11 +74,11 @@ class RunningTrials(dict[int, RunningTrial]):
     def __init__(self) -> None:
         super().__init__()
         self.lock = threading.RLock()
-        # Whether a trial from `ask` was last told by another thread; None before the first.
+        # Whether another thread made the last `tell` of a trial from `ask`; None before the first.
         self._told_elsewhere: bool | None = None
 
     def finish(self, trial_id: int) -> RunningTrial | None:
-        """Remove a trial that this thread tells; return it if it was there."""
+        """Remove and return a trial for which this thread calls ``tell``, None if unknown."""
         running = self.pop(trial_id, None)
         if running is not None and not running.in_optimize:
             self._told_elsewhere = running.thread != threading.get_ident()
@@ -86,16 +87,29 @@ class RunningTrials(dict[int, RunningTrial]):
     def asked_here(self) -> list[int]:
         """Return the numbers of running trials that this thread got from ``ask``."""
         with self.lock:
-            # Of a point that was rejected in `ask`, the row has ended without a `tell`.
+            # The row of a point that was rejected in `ask` has ended without a `tell`.
             for running in self._of_this_thread():
                 if running.monitor is not None and running.monitor.closed:
                     del self[running.trial_id]
             return [r.number for r in self._of_this_thread() if not r.in_optimize]
 
-    def must_not_wait(self, in_optimize: bool) -> bool:
-        """Return whether this thread has to ``tell`` before it may wait: a deadlock otherwise.
+    def numbers(self, without: Collection[int]) -> list[tuple[int, bool]]:
+        """Return the numbers of all but some, by id, and whether this thread asked for each."""
+        with self.lock:
+            asked = self.asked_here()
+            others = [each for each in self.values() if each.trial_id not in without]
+            return [(each.number, each.number in asked) for each in others]
 
-        Before the first ``tell``, any other thread may do it; after that, the last one shows.
+    def requested_by(self, in_optimize: bool) -> RequestedBy:
+        if in_optimize:
+            return "optimize"
+        return "ask in a batch" if self.asked_here() else "ask"
+
+    def must_not_wait(self, in_optimize: bool) -> bool:
+        """Return whether waiting would be a deadlock, as this thread has to call ``tell`` first.
+
+        Before the first ``tell``, any other thread may be the one to call it; later, the last
+        caller shows.
         """
         if getattr(_this_thread, "must_not_wait", False):
             return True
@@ -108,7 +122,7 @@ class RunningTrials(dict[int, RunningTrial]):
         return all(thread.name.startswith("optuna-quota-") for thread in others)
 
     def left_behind(self) -> list[RunningTrial]:
-        """Return trials of this thread's ``optimize`` that were never told, as the next starts."""
+        """Return earlier trials of this thread's ``optimize`` that never reached ``tell``."""
         with self.lock:
             return [running for running in self._of_this_thread() if running.in_optimize]
 
@@ -119,9 +133,9 @@ class RunningTrials(dict[int, RunningTrial]):
 
 
 class Heartbeat:
-    """A daemon thread that calls what is due for each running trial; it ends after the last.
+    """A daemon thread that calls two methods when they are due; it ends after the last trial.
 
-    It holds weak references to the owner of the two methods, and ends with it.
+    It refers weakly to the owner of the methods, and ends with it.
     """
 
     def __init__(
@@ -130,7 +144,8 @@ class Heartbeat:
         self._extend, self._beat = WeakMethod(extend), WeakMethod(beat)
         # The owner may be freed by any thread, at any moment.
         finalize(extend.__self__, self._close).atexit = False  # type: ignore[attr-defined]
-        self._interval = interval
+        # The longest time that a thread can wait.
+        self._interval = min(interval, threading.TIMEOUT_MAX)
         self._pid = os.getpid()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -155,7 +170,7 @@ class Heartbeat:
             self._low.pop(trial_id, None)
 
     def _close(self) -> None:
-        # A fork has no such thread, which may have held the lock.
+        # A fork has no such thread, but maybe its lock, held.
         if os.getpid() != self._pid:
             return
         with self._wake:
@@ -165,7 +180,7 @@ class Heartbeat:
             self._wake.notify()
 
     def request_extension(self, trial_id: int) -> None:
-        """Have ``extend`` called for a trial soon; returns at once."""
+        """Have the thread call ``extend`` for a trial; returns at once."""
         with self._wake:
             if trial_id in self._due:
                 self._low[trial_id] = None
@@ -201,5 +216,6 @@ def _call(action: Callable[[int], None] | None, trial_id: int) -> None:
         action(trial_id)
     except Exception as fault:  # noqa: BLE001 - any storage's own; other trials go on
         _logger.warning(
-            f"Could not renew the reservation of the trial with id {trial_id}: {fault!r}."
+            f"The reservation of the trial with id {trial_id} could not be renewed: {fault!r}. If "
+            "this continues, other workers consider this one dead and mark the trial as failed."
         )

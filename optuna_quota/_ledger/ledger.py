@@ -1,15 +1,17 @@
-"""The ledger of one study in one process: admits trials, and follows them while they run."""
+"""The ledger of one study in one process: admits trials and tracks them while they run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 import logging
 import math
 import os
 import time
 from types import MappingProxyType
+from typing import Any
 from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -26,6 +28,7 @@ from optuna_quota._ledger.protocol import (
     Decision,
     Reservation,
     ResourceRequest,
+    Shortage,
     this_worker,
     with_decision,
     with_queue_place,
@@ -34,18 +37,19 @@ from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import TrialMonitor
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._usage import Usage
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
-# While less than this share of each total is used or reserved, the end of the quota is far.
+# The end of the quota is far while less than this share of each total is used or reserved.
 _FAR = 0.5
 
 # How often a trial asks for other GPUs, as others ask for the same.
 _MOST_MOVES = 20
 
-# Seconds of waiting after which a thread that may wait for itself is warned.
+# Seconds of waiting after which a thread that may be waiting for itself is warned.
 _DEADLOCK_WARNING_AFTER = 10.0
 
 
@@ -93,11 +97,11 @@ class Ledger:
 
     def _reopen_after_fork(self) -> None:
         if self._pid != os.getpid():
-            # The parent's locks and threads are of no use in its child.
+            # A fork can't use its parent's locks and threads.
             self._open(next(iter(self._studies)))
 
     def describe_past(self) -> None:
-        """Log once what trials count that ran before this worker came, if any."""
+        """Log once which earlier trials count toward the quota."""
         self._reopen_after_fork()
         seen = self._state.read()
         self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
@@ -119,10 +123,10 @@ class Ledger:
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> RunningTrial | Refusal:
-        """Admit a trial or refuse it; wait while others hold what it needs, or until it is over.
+        """Admit a trial or refuse it; wait while others hold what it needs, until ``is_over``.
 
-        ``footprint`` has upper bounds of its usage that the user stated, ``bounds`` those of what
-        it will hold that were learned; ``n_jobs`` is the number of trials at once, if known.
+        ``footprint`` has upper bounds that the user stated, ``bounds`` learned ones of memory and
+        the like; ``n_jobs`` is the number of trials at once, if known.
         """
         self._reopen_after_fork()
         self._fail_left_behind()
@@ -135,7 +139,6 @@ class Ledger:
             seen = self._state.refresh() if seen is None or short is not None else seen
             self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
             free, beside = seen.free(self.quota), seen.count_beside(number)
-            least = needs(free, beside)
             requests = grant.initial_requests(
                 self.quota,
                 limits,
@@ -143,46 +146,52 @@ class Ledger:
                 free,
                 beside,
                 bounds=bounds,
-                needs=least,
+                needs=needs(free, beside),
                 n_jobs=n_jobs,
-                requested_by=self._requested_by(),
+                requested_by=self._running.requested_by(self._in_optimize_loop()),
             )
-            gpu_memory = footprint.get("gpu_memory", limits.gpu_memory)
             choice = GpuChoice(
                 self._gpus,
                 this_worker().machine,
-                gpu_memory,
+                footprint.get("gpu_memory", limits.gpu_memory),
                 self._gpus_per_trial,
                 memory_in_use(self._gpus),
             )
             requests |= choice.request(seen.claims)
-            # A waiting trial checks before it asks: a claim that can't be granted would only
-            # disturb the others.
+            # A waiting trial reads before it asks: a claim that can't be granted would only
+            # delay the others.
             decision = self._state.judge(number, held, requests, seen, queue=True)
             if short is None or decision.action != "withdraw":
                 decision, seen = self._ask(trial_id, number, held, requests, choice)
-                least = needs(seen.free(self.quota), seen.count_beside(number))
+            least = needs(seen.free(self.quota), seen.count_beside(number))
             refusal = grant.refuse_exhausted(self.quota, seen.used, footprint, needs=least)
             if refusal is None and decision.action == "grant":
                 return self._begin(trial, limits, decision)
             short = decision.shortage
             if refusal is None and short is not None:
-                refusal = grant.refuse_never_fitting(short)
-                if refusal is None and self._running.must_not_wait(self._in_optimize_loop()):
-                    refusal = grant.refuse_to_wait(short, seen.claims, number)
+                refusal = self._refuse_to_wait(short, seen, number)
             if refusal is not None:
                 return self._withdraw(trial_id, refusal)
             assert short is not None
             held = self._queue(trial_id, held, requests)
             self._log_once("serial", grant.describe_serial(short, self.quota))
-            if self._clock.monotonic() >= warn_at:
-                own = self._running.asked_here()
-                warning = grant.deadlock_warning(number, short, seen.claims, own)
-                if warning is not None:
-                    _logger.warning(warning)
-                    warn_at = math.inf
+            if self._clock.monotonic() >= warn_at and self._warn_of_deadlock(short, seen, number):
+                warn_at = math.inf
             self._clock.sleep(pause)
         raise AssertionError("The pauses never end.")
+
+    def _refuse_to_wait(self, short: Shortage, seen: Snapshot, number: int) -> Refusal | None:
+        """Return a refusal if a trial must not wait for others, None if it may."""
+        refusal = grant.refuse_never_fitting(short)
+        if refusal is None and self._running.must_not_wait(self._in_optimize_loop()):
+            refusal = grant.refuse_to_wait(short, seen.claims, number)
+        return refusal
+
+    def _warn_of_deadlock(self, short: Shortage, seen: Snapshot, number: int) -> bool:
+        warning = grant.deadlock_warning(number, short, seen.claims, self._running.asked_here())
+        if warning is not None:
+            _logger.warning(warning)
+        return warning is not None
 
     def _ask(
         self,
@@ -192,13 +201,12 @@ class Ledger:
         requests: Mapping[str, ResourceRequest],
         choice: GpuChoice,
     ) -> tuple[Decision, Snapshot]:
-        revised: Mapping[str, ResourceRequest] | None = requests
         for _, pause in zip(range(_MOST_MOVES), pauses(), strict=False):
-            assert revised is not None
-            decision, seen = self._state.ask(trial_id, number, held, revised, queue=True)
-            revised = choice.revise(revised, number, seen.claims)
+            decision, seen = self._state.ask(trial_id, number, held, requests, queue=True)
+            revised = choice.revise(requests, number, seen.claims)
             if revised is None or decision.action != "grant":
                 break
+            requests = revised
             self._clock.sleep(pause)
         return decision, seen
 
@@ -211,16 +219,23 @@ class Ledger:
         """All rows of the study by number, as last read."""
         return self._state.rows.trials
 
+    def running_rows(self, without: Collection[int]) -> list[tuple[FrozenTrial, bool]]:
+        """Return the rows of this process's running trials, and whether this thread asked."""
+        rows, found = self.trials, self._running.numbers(without)
+        return [(rows[number], asked) for number, asked in found if number < len(rows)]
+
     def room(self, trial: FrozenTrial) -> dict[str, float]:
-        """Return what a running trial may hold besides what others on its host hold now."""
+        """Return what a running trial may hold beside others on its host; positive."""
         running = self._running.get(_optuna.trial_id_of(trial))
         if running is None:
             return {}
         free, granted = self._state.read().free(self.quota), running.reservation.granted
-        return {name: free[name] + granted.get(name, 0.0) for name in self.quota.held}
+        # A trial that holds nothing may be granted nothing.
+        held = {name: free[name] + granted.get(name, 0.0) for name in self.quota.held}
+        return {name: max(amount, 1e-9) for name, amount in held.items()}
 
     def attach_monitor(self, trial_id: int, monitor: TrialMonitor) -> None:
-        """Extend and renew a trial's reservation by its metering while it runs."""
+        """Renew and extend a trial's reservation by its metering while it runs."""
         running = self._running.get(trial_id)
         if running is None:
             return
@@ -229,32 +244,29 @@ class Ledger:
         if running.reservation.gpu is not None:
             monitor.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
         monitor.most = {n: a for n, a in self.quota.amounts().items() if n != "wall_time"}
-        heartbeat = self._heartbeat
-        monitor.on_low_quota(lambda: heartbeat.request_extension(trial_id))
-        heartbeat.add(trial_id)
+        monitor.on_low_quota(partial(self._heartbeat.request_extension, trial_id))
+        self._heartbeat.add(trial_id)
 
-    def left(self, trial: FrozenTrial) -> tuple[dict[str, float], int]:
-        """Return what a running trial may use of totals, and the number of others that run."""
+    def left(self, trial: FrozenTrial, *, free: bool = True) -> tuple[dict[str, float], int]:
+        """Return a running trial's part of totals, and what is free, and the number of others."""
         running = self._running.get(_optuna.trial_id_of(trial))
         if running is None:
             return {}, 0
-        # It has just read the rows, to reserve its part.
+        # The rows were just read for its reservation.
         seen = self._state.last or self._state.read()
-        left = grant.left_for_trial(self.quota, running.reservation.granted, seen.free(self.quota))
+        more = seen.free(self.quota) if free else {}
+        left = grant.left_for_trial(self.quota, running.reservation.granted, more)
         if running.deadline is not None:
             left["wall_time"] = min(running.deadline, left.get("wall_time", math.inf))
         return left, seen.count_beside(trial.number)
 
     def revise_promise(
-        self,
-        trial_id: int,
-        bounds: Mapping[str, float],
-        expected: Mapping[str, float] = MappingProxyType({}),
+        self, trial_id: int, bounds: Mapping[str, float], expected: Mapping[str, float]
     ) -> bool:
-        """Release what a running trial will not need at its point, or request what it lacks.
+        """Release what a running trial does not need at its point, or request what it lacks.
 
-        ``bounds`` are those of what it will hold at one moment, ``expected`` is what it will use
-        of totals. Returns whether it was granted all of the latter.
+        ``bounds`` are upper bounds of what it will hold, ``expected`` is its expected usage of
+        totals. Returns whether it was granted all of ``expected``.
         """
         with self._monitored(trial_id) as running:
             if running is None or running.monitor is None:
@@ -274,18 +286,35 @@ class Ledger:
             granted = running.reservation.granted
             return all(granted[n] >= larger[n] for n in larger.keys() - self.quota.held.keys())
 
-    def charge(self, trial_id: int, usage: Usage) -> None:
-        """Stop following a trial whose row has its usage and is about to finish."""
+    def charge(self, trial_id: int, usage: Usage, *, n_trials: int = 1) -> None:
+        """Stop tracking a trial whose row has its usage and is about to be finished.
+
+        ``n_trials`` is 0 for one that does not count as a trial: it was rejected, or runs again.
+        """
         self._heartbeat.remove(trial_id)
         with self._running.lock:
             if self._running.finish(trial_id) is not None:
-                self._state.charge(trial_id, usage)
+                self._state.charge(trial_id, usage, n_trials=n_trials)
+
+    def forget(self, trial_id: int) -> None:
+        """Stop tracking an admitted trial whose row was finished without ``tell``."""
+        self._heartbeat.remove(trial_id)
+        with self._running.lock:
+            self._running.pop(trial_id, None)
+
+    def charges_of_rejected(self, trial_id: int, usage: Usage) -> dict[str, Any]:
+        """Return system attributes that charge a rejected trial for its usage so far."""
+        running = self._running.get(trial_id)
+        if running is None:
+            return {}
+        charged = {n: used for n in CHARGED_RESOURCES if (used := usage.get(n)) is not None}
+        return self._state.attribute(trial_id, replace(running.reservation, charged=charged))
 
     def exhausted(self, needs: Needs = lambda free, n_beside: {}) -> Refusal | None:
         """Return why nothing more can be admitted; None if something can."""
         last = self._state.last
         if last is not None and self._is_far_from_end(last):
-            # To read the rows costs as much as a bare `ask`. If others use that much meanwhile,
+            # Reading the rows costs as much as a bare `ask`. If others use that much meanwhile,
             # the next trial is refused.
             return None
         seen = self._state.read()
@@ -311,11 +340,6 @@ class Ledger:
 
     def _in_optimize_loop(self) -> bool:
         return any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
-
-    def _requested_by(self) -> grant.RequestedBy:
-        if self._in_optimize_loop():
-            return "optimize"
-        return "ask in a batch" if self._running.asked_here() else "ask"
 
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]
@@ -343,7 +367,7 @@ class Ledger:
     def _extend(
         self, running: RunningTrial, needs: Mapping[str, float], *, exactly: bool = False
     ) -> None:
-        # One by one: what is short of one resource must not keep the trial from another.
+        # One by one: lack of one resource must not keep the trial from another.
         for name, amount in needs.items():
             seen, held, number = self._state.refresh(), running.reservation, running.number
             requests = grant.extension_requests(
@@ -376,14 +400,14 @@ class Ledger:
             try:
                 self._extend(running, needs)
             finally:
-                # If the storage fails, the trial goes on with what it has.
+                # If the storage fails, the trial continues with its grant.
                 monitor.allow(running.left)
 
     def _beat(self, trial_id: int) -> None:
         with self._monitored(trial_id) as running:
             if running is not None and running.monitor is not None:
                 if self.quota.wall_time is not None:
-                    # To follow the clock of a worker that came while this trial ran.
+                    # Follows the clock of a worker that started while this trial ran.
                     self._state.read()
                 used = running.monitor.usage().amounts()
                 self._change(running, replace(running.reservation, used=used))
@@ -405,12 +429,12 @@ class Ledger:
                 if not monitor.closed:
                     _logger.warning(
                         f"Trial {running.number} is stopped. Its row was finished from outside, "
-                        "maybe by another worker that took this one for dead."
+                        "maybe by another worker that considered this one dead."
                     )
                     monitor.allow({"trial_time": 0.0})
 
     def _fail_left_behind(self) -> None:
-        """Fail trials that this thread's ``optimize`` left unfinished, as on a storage error."""
+        """Fail trials that this thread's ``optimize`` left unfinished after a storage error."""
         if not self._in_optimize_loop():
             return
         for running in self._running.left_behind():
@@ -420,5 +444,5 @@ class Ledger:
                 if entry.trial_id == running.trial_id and entry.reservation is not None:
                     held = replace(entry.reservation, used=usage.amounts())
                     entry = replace(entry, reservation=held)
-                    text = "Its worker went on without finishing it."
+                    text = "Its worker continued without finishing it."
                     self._state.fail_orphaned(OrphanedTrial(entry, text, 0.0))

@@ -1,21 +1,21 @@
-"""The protocol by which workers that share only trial rows never admit more than a quota.
+"""The protocol by which workers that share only trial rows never exceed a quota together.
 
-A trial **asks**: it writes a claim into its own row, reads all rows, and decides by what it sees.
-The later writer of two sees the other's claim, so at least one of them counts both. If both do,
-the trial with the higher number gives way and the lower one waits for that:
+A trial **asks**: it writes a claim into its own row, reads all rows, and decides by them. Of two
+trials, the later writer sees the other's claim, so at least one of them counts both. If both do,
+the trial with the higher number gives way, and the lower one waits for that:
 
 * There is room in addition to what is used, granted and claimed by others: **grant**.
 * There is room except for claims of higher numbers: **wait** and read again. They give way, or
   they had not seen this claim and were granted.
 * Else **withdraw**, and perhaps keep a place in the queue, which higher numbers respect.
 
-A trial only ever waits for a higher number. It asks for everything at once and holds nothing while
-it is in the queue, so there is no deadlock. The lowest number of all that ask never gives way to
-another claim, so a trial is admitted whenever there is room. :func:`decide` does no I/O, so that
-``tests/ledger_tests/test_protocol.py`` can search all interleavings of it.
+A trial waits only for higher numbers. It asks for everything at once and holds nothing while it is
+in the queue, so there is no deadlock. The lowest number of those that ask never gives way, so a
+trial is admitted whenever there is room. :func:`decide` does no I/O, so that
+``tests/ledger_tests/test_protocol.py`` can check all interleavings.
 
-Each worker writes the rows of its own trials only, the whole reservation in one attribute, so that
-any storage changes it at once or not at all.
+Each worker writes only rows of its own trials, the whole reservation in one attribute, which any
+storage changes atomically.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _worker(pid: int) -> Worker:
 
 
 def process_start(pid: int) -> float | None:
-    """Return when a process started; None if it is dead, reaped or not.
+    """Return when a process started; None if it is dead, even if not yet reaped.
 
     On Linux in kernel ticks since the boot, which don't change when the clock is set. Raises
     PermissionError if the process can't be inspected.
@@ -94,7 +94,7 @@ def process_start(pid: int) -> float | None:
 
 
 def is_alive(worker: Worker) -> bool | None:
-    """Return whether a worker is alive; None if that can't be known from this process."""
+    """Return whether a worker is alive; None if this process can't see it."""
     here = this_worker()
     if worker == here:
         return True
@@ -132,7 +132,7 @@ class Reservation:
     trial_id: int = -1  # The trial that it was written for: attributes get copied into other rows
     # What it may use or hold, settled with all other workers.
     granted: Mapping[str, float] = field(default_factory=dict)
-    # What it claims instead while that is being settled, else empty.
+    # What it claims instead while it asks, else empty.
     asked: Mapping[str, float] = field(default_factory=dict)
     # Its place in the queue while it waits, else empty.
     queued_for: Mapping[str, float] = field(default_factory=dict)
@@ -143,7 +143,7 @@ class Reservation:
     beat: float | None = None  # When its worker last wrote, on the same clock
     every: float = HEARTBEAT  # Seconds after which its worker writes again while it runs
     used: Mapping[str, float] = field(default_factory=dict)  # Its usage at that time
-    # What an orphaned trial is charged for, as its usage was not measured.
+    # What a trial is charged for whose row has no usage: an orphaned or a rejected one.
     charged: Mapping[str, float] = field(default_factory=dict)
     gpu: str | None = None  # UUIDs of the GPUs that it was given, separated by commas
     study: str | None = None  # The stamp of the study that it was written in
@@ -179,7 +179,7 @@ def reservation_object(reservation: Reservation) -> dict[str, Any]:
 
 
 def study_stamp(study_name: str) -> str:
-    """Return what marks the reservations of a study; short, as every row has it."""
+    """Return a short mark of a study, stored in its reservations."""
     return f"{zlib.crc32(study_name.encode(errors='replace')):08x}"
 
 
@@ -231,7 +231,7 @@ Action = Literal["grant", "wait", "withdraw"]
 
 @dataclass(frozen=True)
 class Claim:
-    """One running trial as the protocol sees it; amounts by resource."""
+    """What a running trial holds or claims; amounts by resource."""
 
     number: int  # The trial's number; the lower goes first
     machine: str = ""  # Where it runs; what is held counts by machine
@@ -255,9 +255,9 @@ class Shortage:
 
     resource: str
     wanted: float  # The least that it would have accepted
-    used: float  # What finished trials used of it
-    reserved: float  # What others hold, ask for or keep a place for
     quota: float
+    used: float = 0.0  # What finished trials used of it
+    reserved: float = 0.0  # What others hold, ask for or keep a place for
     granted: float = 0.0  # The part of ``reserved`` that others were granted
 
 
@@ -271,7 +271,7 @@ class Decision:
 
 
 def is_held(resource: str) -> bool:
-    """Return whether a resource is held at one moment on one machine, not used up."""
+    """Return whether a resource is held on one machine at one moment, not used up."""
     return resource in HELD_RESOURCES or resource.startswith(DEVICE)
 
 
@@ -304,10 +304,10 @@ def decide(
     *,
     queue: bool = True,
 ) -> Decision:
-    """Return what a trial does, by the rows that it read after it had written its claim.
+    """Return what a trial does next, given the rows that it read after it wrote its claim.
 
-    It requests amounts in all and not in addition, and claimed the most. Resources without a
-    quota are granted as requested. A trial that already runs goes before those in the queue.
+    It requests amounts in all, not in addition to its grant, and claimed the most. Resources
+    without a quota are granted as requested. A running trial goes before those in the queue.
     """
     others = [claim for claim in claims if claim.number != me.number]
     granted: dict[str, float] = {}
@@ -320,7 +320,7 @@ def decide(
         spent, total = used.get(resource, 0.0), quota[resource]
         left = total - spent - held - lower
         slack = quota_bound(total) - total
-        shortage = Shortage(resource, request.least, spent, held + lower, total, granted=held)
+        shortage = Shortage(resource, request.least, total, spent, held + lower, granted=held)
         if request.least > left + slack:
             return Decision("withdraw", shortage=shortage)
         if request.least > left - higher + slack:

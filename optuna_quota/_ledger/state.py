@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import logging
 import random
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -49,7 +49,7 @@ from optuna_quota._usage import Usage
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
-# Seconds. A row can say anything; a clock further ahead is reported, not followed.
+# Seconds. A clock further ahead is reported but not followed: a row may be malformed.
 _FURTHEST_AHEAD = 86_400.0
 # Seconds between two queries for the storage's own heartbeats.
 _STALE_INTERVAL = 5.0
@@ -89,7 +89,7 @@ class Snapshot:
 
 
 class TrialRows:
-    """A cursor over a study's rows: each finished one is parsed once. Not thread-safe."""
+    """Reads a study's rows; each finished row is parsed once. Not thread-safe."""
 
     def __init__(self, study: Study) -> None:
         self.storage = _optuna.storage_of(study)
@@ -117,7 +117,7 @@ class TrialRows:
         totals.update([entry for entry in entries if entry.state == "finished"], still_open)
 
     def _read(self) -> Sequence[FrozenTrial]:
-        # Of a study that is only looked at, the storage does not retry itself.
+        # The storage of a study that is only read, as by `status`, does not retry.
         trials = retry(lambda: self.storage.get_all_trials(self.study_id, deepcopy=False))
         if trials and trials[-1].number != len(trials) - 1:
             # Between reading a database and returning its rows, Optuna's cache may get one that
@@ -130,8 +130,8 @@ class TrialRows:
 class LedgerState:
     """Reads the rows of a study and writes the reservations of this process's trials.
 
-    It holds objects of the study weakly, for the storage's callback for trials of dead workers:
-    a study's connections are to be closed when its user drops it.
+    It refers weakly to ``Study`` objects, which the storage's callback for orphaned trials needs,
+    so that a study's connections are closed when its user drops it.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class LedgerState:
         survive_outages(self._storage)
         bounds = _records.read_amounts(_optuna.user_attrs_of(study).get(_records.STUDY_LIMITS))
         self._totals = QuotaTotals(quota, bounds)
-        self._charged: dict[int, Usage] = {}
+        self._charged: dict[int, dict[str, float]] = {}
         self._lock = threading.Lock()
         self.last: Snapshot | None = None
         self._studies = studies
@@ -165,8 +165,8 @@ class LedgerState:
     def now(self, since: float | None = None) -> float:
         """Return seconds since the epoch on the study's clock, now or at a monotonic time.
 
-        All workers follow the one whose clock is ahead, so that trials that run at the same time
-        do so on the study's clock as well.
+        All workers follow the worker whose clock is ahead, so that trials that overlap in reality
+        overlap on the study's clock.
         """
         return self._ahead + (self.clock.monotonic() if since is None else since)
 
@@ -188,7 +188,7 @@ class LedgerState:
             return self.last
 
     def _follow(self, latest: float, worker: Worker | None) -> None:
-        """Advance the study's clock to what another worker has written from its future."""
+        """Advance the study's clock to the latest time that another worker has written."""
         ahead = latest - self.now()
         if worker is None or ahead < CLOCK_TOLERANCE:
             return
@@ -223,7 +223,7 @@ class LedgerState:
         for orphan in orphans:
             trial_id = orphan.entry.trial_id
             held, record = close_orphan(orphan, now, rates, lease=self._leases.lease)
-            # Another worker may be faster, or this one may come back and finish it.
+            # Another worker may be faster, or the silent worker may continue and finish it.
             if not self._fail(trial_id, record, held):
                 continue
             _logger.warning(f"Trial {orphan.entry.number} was marked as failed. {orphan.reason}")
@@ -232,7 +232,8 @@ class LedgerState:
                     _optuna.call_stale_trial_callback(study, trial_id)
             except Exception as fault:  # noqa: BLE001 - the user's; other trials must go on
                 _logger.warning(
-                    f"The storage's callback for the trial with id {trial_id} failed: {fault!r}."
+                    f"Trial {orphan.entry.number} may not be retried, as the storage's callback "
+                    f"for failed trials raised {fault!r}."
                 )
 
     def wall_time(self) -> float:
@@ -259,9 +260,17 @@ class LedgerState:
         own = {"worker": this_worker(), "beat": self.now(), "every": self.heartbeat}
         return replace(reservation, trial_id=trial_id, **own)  # type: ignore[arg-type]
 
+    def attribute(self, trial_id: int, reservation: Reservation) -> dict[str, Any]:
+        """Return what :meth:`write` would write, by key."""
+        return self._attribute(self._signed(trial_id, reservation))
+
+    def _attribute(self, reservation: Reservation) -> dict[str, Any]:
+        stamped = replace(reservation, study=self.rows.stamp)
+        return {_records.RESERVATION: reservation_object(stamped)}
+
     def _write(self, trial_id: int, reservation: Reservation) -> None:
-        value = reservation_object(replace(reservation, study=self.rows.stamp))
-        _records.write_attributes(self._storage, trial_id, system={_records.RESERVATION: value})
+        attribute = self._attribute(reservation)
+        _records.write_attributes(self._storage, trial_id, system=attribute)
 
     def take_enqueued(self, trial_id: int) -> bool:
         """Return whether an enqueued trial is this worker's alone.
@@ -293,10 +302,12 @@ class LedgerState:
             return False
         return True
 
-    def charge(self, trial_id: int, usage: Usage) -> None:
-        """Record the usage of a trial whose row is about to finish."""
+    def charge(self, trial_id: int, usage: Usage, *, n_trials: int) -> None:
+        """Record the usage of a trial that finishes; it counts as ``n_trials`` trials."""
+        amounts = {name: usage.get(name) or 0.0 for name in CHARGED_RESOURCES}
+        amounts |= {"cost": self.quota.price(amounts), "n_trials": float(n_trials)}
         with self._lock:
-            self._charged[trial_id] = usage
+            self._charged[trial_id] = amounts
 
     def with_charged(self, seen: Snapshot) -> tuple[dict[str, float], list[Claim]]:
         """Return usage by resource and the claims as if charged trials had finished."""
@@ -307,9 +318,7 @@ class LedgerState:
                 if entry.trial_id in self._charged
             }
         used = dict(seen.used)
-        for usage in charged.values():
-            amounts = {name: usage.get(name) or 0.0 for name in CHARGED_RESOURCES}
-            amounts |= {"cost": self.quota.price(amounts), "n_trials": 1.0}
+        for amounts in charged.values():
             for name, amount in amounts.items():
                 used[name] = used.get(name, 0.0) + amount
         return used, [claim for claim in seen.claims if claim.number not in charged]
@@ -339,8 +348,8 @@ class LedgerState:
     ) -> tuple[Decision, Snapshot]:
         """Write a claim, read all rows and decide; return the decision and the rows read.
 
-        ``held`` is what the row says now, and again after a withdrawal. A grant is left for the
-        caller to write into the row.
+        ``held`` is the row's reservation, which a withdrawal restores. The caller writes a grant
+        into the row.
         """
         if not requests:
             return Decision("grant"), self.refresh()
@@ -363,7 +372,7 @@ class LedgerState:
 
 
 def pauses() -> Iterator[float]:
-    """Yield seconds to wait between reads: longer and longer, never in step with others."""
+    """Yield seconds to wait between reads: growing, with jitter."""
     pause = _FIRST_PAUSE
     while True:
         yield pause * random.uniform(0.5, 1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-import math
 import time
 from typing import Any, TYPE_CHECKING
 
@@ -25,12 +24,12 @@ from optuna_quota._resources import (
     PRICED_RESOURCES,
     TOTAL_RESOURCES,
 )
-from optuna_quota._table import float_frame
+from optuna_quota._table import check_study, DataFrame, float_frame
 from optuna_quota._units import align, counted, format_seconds
 
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from optuna_quota._projection.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class LedgerStatus:
     end: str | None = None
 
     @property
-    def table(self) -> pd.DataFrame:
+    def table(self) -> DataFrame:
         """A DataFrame indexed by resource: ``used``, ``reserved``, ``left``, ``quota``.
 
         In SI base units; ``left`` and ``quota`` are NaN where there is no quota.
@@ -99,7 +98,7 @@ class LedgerStatus:
         return tuple(line.resource for line in self.lines if line.exceeded)
 
     @property
-    def workers(self) -> pd.DataFrame:
+    def workers(self) -> DataFrame:
         """A DataFrame indexed by worker: ``running`` trials and usage by resource."""
         names = sorted({*self.by_worker, *self.running})
         rows = {
@@ -109,7 +108,7 @@ class LedgerStatus:
         return float_frame(rows, ("running", *self._used_resources(self.by_worker)))
 
     @property
-    def outcomes(self) -> pd.DataFrame:
+    def outcomes(self) -> DataFrame:
         """A DataFrame indexed by outcome: usage by resource."""
         return float_frame(dict(self.by_outcome), self._used_resources(self.by_outcome))
 
@@ -147,13 +146,13 @@ class LedgerStatus:
         running: Mapping[str, int] | None = None,
     ) -> Iterator[tuple[str, ...]]:
         resources = self._used_resources(groups)
-        counted = () if running is None else ("running",)
-        yield (title, *counted, *(get_resource(name).title for name in resources))
+        counts = () if running is None else ("running",)
+        yield (title, *counts, *(get_resource(name).title for name in resources))
         shown = {name for name, amounts in groups.items() if any(amounts.values())}
         for name in sorted(shown.union(running or ())):
             amounts = groups.get(name, {})
             texts = (format_amount(r, amounts[r]) if r in amounts else "–" for r in resources)
-            yield (name, *(str((running or {}).get(name, 0)) for _ in counted), *texts)
+            yield (name, *(str((running or {}).get(name, 0)) for _ in counts), *texts)
 
     def _notes(self) -> Iterator[str]:
         for line in self.lines:
@@ -170,7 +169,9 @@ class LedgerStatus:
             yield self.end
 
 
-def status(study: Study, *, quota: Quota | None = None, projection: Any = None) -> LedgerStatus:
+def status(
+    study: Study, *, quota: Quota | None = None, projection: Projection | None = None
+) -> LedgerStatus:
     """Return what a study has used, reserved and left of its quota, over all workers.
 
     Example:
@@ -185,7 +186,13 @@ def status(study: Study, *, quota: Quota | None = None, projection: Any = None) 
         quota: The quota to compare with; by default the one in the study's attributes.
         projection: A :class:`~optuna_quota.Projection` of the study, to estimate when it ends;
             by default its pace so far.
+
+    Raises:
+        TypeError: If ``study`` is not an Optuna study, or ``quota`` is no Quota.
     """
+    check_study(study)
+    if quota is not None and not isinstance(quota, Quota):
+        raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
     attributes = _optuna.user_attrs_of(study)
     totals = QuotaTotals(
         quota or stored_quota(attributes), read_amounts(attributes.get(STUDY_LIMITS))
@@ -255,13 +262,11 @@ def _end_at_this_pace(lines: Sequence[LedgerLine]) -> str | None:
     return f"At the current pace, the quota of {title} will be used up in {when} of running time."
 
 
-def _projected_end(projection: Any) -> str | None:
-    table = projection.table
-    if "wall_time" not in table.index:
+def _projected_end(projection: Projection) -> str | None:
+    row = next((row for row in projection.resources if row.resource == "wall_time"), None)
+    if row is None:
         return None
-    row = table.loc["wall_time"]
-    used = float(row["used"]) if math.isfinite(float(row["used"])) else 0.0
-    median, upper = (max(0.0, float(row[name]) - used) for name in ("median", "upper"))
+    median, upper = (max(0.0, amount - row.used) for amount in (row.median, row.upper))
     return (
         f"Projected end: in {format_seconds(median)} of running time, "
         f"at most {format_seconds(upper)}."

@@ -1,4 +1,4 @@
-"""What a study's trials have used and reserved, summed over their rows without I/O."""
+"""Sums what a study's trials have used and reserved. No I/O."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from optuna_quota._table import optuna_duration
 from optuna_quota._usage import Usage
 
 
-# Seconds: a longer pause between two trials of a worker is not clock time of the study. What a
-# worker does between trials, such as drawing a point, takes less and counts.
+# Seconds: a longer pause between two trials of a worker does not count as wall time of the study.
+# Drawing a point takes less, and counts.
 LONGEST_GAP = 10.0
 
 # Seconds by which the clocks of two hosts may differ without consequences.
@@ -62,7 +62,7 @@ class IntervalUnion:
 
 
 class WorkerTime:
-    """Clock time in which any worker ran trials; what overlaps is counted once."""
+    """Clock time in which any worker ran trials; overlapping trials count once."""
 
     def __init__(self) -> None:
         self._by_worker: dict[Hashable, IntervalUnion] = {}
@@ -88,7 +88,7 @@ class WorkerTime:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row as the ledger sees it."""
+    """What the ledger needs of one row."""
 
     number: int
     trial_id: int
@@ -116,7 +116,7 @@ class Entry:
 def read_entry(
     trial: FrozenTrial, trial_id: int, quota: Quota, *, study: str | None = None
 ) -> Entry:
-    """Return what a row means to the ledger of a study, by the study's stamp in reservations."""
+    """Return what the ledger needs of a row; ``study`` is the study's stamp in reservations."""
     written = trial.system_attrs.get(RESERVATION)
     reservation = parse_reservation(written, trial_id, study)
     if not trial.state.is_finished():
@@ -133,17 +133,19 @@ def read_entry(
         # It has a value, so it ran, whatever its attributes say.
         outcome, never_ran = ("completed" if outcome == "rejected" else outcome), False
     if outcome == "rejected" or never_ran:
-        return Entry(trial.number, trial_id, "finished", outcome, reservation)
-    if reservation is None:
+        charges: dict[str, float | None] = {**(reservation or Reservation()).charged}
+        if charges and quota.prices:
+            charges["cost"] = quota.price(charges)
+    elif reservation is None:
         ran_here = written is None or (
             isinstance(written, Mapping) and study is not None and written.get("study") == study
         )
         charges = _charges_without_reservation(trial, record.usage, quota, ran_here=ran_here)
     else:
         charges = _charges(trial, reservation, record.usage, quota)
-        if outcome == "preempted":
-            # It runs again.
-            del charges["n_trials"]
+    if outcome == "preempted":
+        # It runs again.
+        charges.pop("n_trials", None)
     seconds, began = charges.get("trial_time"), None if reservation is None else reservation.began
     if began is None and trial.datetime_start is not None:
         began = trial.datetime_start.timestamp()
@@ -154,12 +156,12 @@ def read_entry(
 def _charges_without_reservation(
     trial: FrozenTrial, usage: Usage, quota: Quota, *, ran_here: bool
 ) -> dict[str, float | None]:
-    """Return what a row shows that ran before there was a quota, or was added with its result.
+    """Return the charges of a trial that ran before there was a quota, or was added.
 
-    Usage that the row does not show is not charged, as no limit bounded it. The trial counts
-    among the study's if it ran here: ``create_trial`` gives an added row the same start and end,
-    and a row copied from another study with a quota has that study's stamp. A row copied with its
-    times from a study without a quota can't be told from one that ran here.
+    Unknown usage is not charged, as no limit bounded it. The trial counts toward ``n_trials`` if
+    it ran in this study: ``create_trial`` gives an added row the same start and end, and a row
+    copied from another study with a quota has that study's stamp. A row copied from a study
+    without a quota looks like one that ran here.
     """
     charges = {name: usage.get(name) for name in CHARGED_RESOURCES}
     seconds = optuna_duration(trial)
@@ -217,7 +219,8 @@ class QuotaTotals:
     def _add(self, entry: Entry) -> None:
         if entry.reservation is None and entry.outcome != "rejected":
             self.unadmitted.update(entry.charges)
-            self.unadmitted["added"] += "n_trials" not in entry.charges
+            runs_again = entry.outcome == "preempted"
+            self.unadmitted["added"] += "n_trials" not in entry.charges and not runs_again
             if entry.span is not None and entry.span[0] < entry.span[1]:
                 self._unadmitted_time.add(*entry.span)
                 self.unadmitted["wall_time"] = self._unadmitted_time.total  # type: ignore[assignment]
@@ -243,12 +246,14 @@ class QuotaTotals:
         With ``here``, a worker is about to start a trial.
         """
         used = {
-            name: self._known[name]
-            + self.unknown[name] * self.bounds.get(name, self._largest.get(name, 0.0))
-            for name in _SUMMED
+            name: self._known[name] + self.unknown[name] * self._bound(name) for name in _SUMMED
         }
         used["wall_time"] = self.wall_time(now, here)
         return used
+
+    def _bound(self, name: str) -> float:
+        limit = self.bounds.get(CHARGED_RESOURCES.get(name, name))
+        return self._largest.get(name, 0.0) if limit is None else limit
 
     def wall_time(self, now: float, here: Worker | None = None) -> float:
         """Return the study's clock time in seconds, up to now for running trials.
@@ -271,7 +276,7 @@ class QuotaTotals:
         if beat is None:
             return now
         passed = max(0.0, now - beat)
-        # After the next heartbeat was due, its worker is dead or its clock is behind.
+        # Later than the next heartbeat was due, its worker is dead or its clock is behind.
         return beat + (min(passed, held.every) if passed < held.every + CLOCK_TOLERANCE else 0.0)
 
     @property

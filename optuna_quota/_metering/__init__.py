@@ -1,4 +1,4 @@
-"""Measures what trials use: process trees, GPUs, users' own meters; one loop a process."""
+"""Measures what trials use: process trees, GPUs and users' own meters, in one loop per process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optuna_quota._metering import gpu_meter
 from optuna_quota._metering.breach import extension_threshold
 from optuna_quota._metering.loop import MeteringLoop, TrialMonitor
 from optuna_quota._metering.meter import check_names, Meter
-from optuna_quota._metering.trial_state import Key, Verdict
+from optuna_quota._metering.monitored_trial import Key, Verdict
 from optuna_quota._optuna import number_of, storage_of, trial_id_of
 
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def key_of(study: Study, trial: BaseTrial | FrozenTrial) -> Key:
-    """Return what identifies a trial in this process: its storage and its id there."""
+    """Return a trial's key in this process: the number of its storage, and its id there."""
     return (number_of(storage_of(study)), trial_id_of(trial))
 
 

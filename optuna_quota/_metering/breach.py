@@ -1,11 +1,10 @@
 """Decides whether usage breaches a limit, and whether a breach waits for a larger grant. No I/O.
 
-All that judges one trial uses :func:`is_breach`, all that judges sums over trials
-:func:`quota_bound`.
+:func:`is_breach` is the rule for one trial, :func:`quota_bound` that for sums over trials.
 
-What a trial was granted of a quota is a promise: only a refusal that answers a request made while
-the trial was already over its share ends it, because others may have returned theirs since an
-earlier refusal. Until then its own limit and the whole quota bound it.
+A trial that exceeds its grant requests more, and is terminated only if a request that it made
+since then is refused: other trials may have released some after an earlier refusal. Until then,
+its own limit and the whole quota bound it.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from optuna_quota._resources import CLOCK_RESOURCES, get_resource, HELD_RESOURCE
 from optuna_quota._usage import Breach
 
 
-# The rate of two busy threads reads as 1.98 to 2.03 cores, blurred by the scheduler's clock ticks
-# and the loop's own time. A trial breaches `cpu_cores` only beyond this factor.
+# A trial breaches `cpu_cores` only beyond this factor: the rate of two busy threads is measured as
+# 1.98 to 2.03 cores, due to clock ticks and the loop's own time.
 CORES_SLACK = 1.05
 
-# Allocations are rounded up, and what native code last asked for is unknown when it ends the
-# process instead of raising: a failure this close to a limit is a failure at the limit.
+# A failure this close to a limit counts as a failure at the limit: allocations are rounded up, and
+# how much native code requested is unknown when it ends the process instead of raising.
 AT_LIMIT = 0.95
 
 
 class Ceiling(NamedTuple):
     """The most that a trial may use of one resource, in SI base units.
 
-    ``quota`` is whether it is what is left of a quota of the study, not a limit of the trial.
+    ``quota`` is True for the rest of a quota of the study, False for a limit of the trial.
     """
 
     limit: float
     quota: bool = False
 
 
-# Plain tuples ``(limit, quota)`` will do as well.
+# Plain tuples ``(limit, quota)`` are accepted as well.
 Ceilings = Mapping[str, tuple[float, bool]]
 
 
@@ -63,9 +62,9 @@ def is_breach(resource: str, amount: float, limit: float) -> bool:
 
 
 def quota_bound(quota: float) -> float:
-    """Return what sums over trials may come to without exceeding a quota.
+    """Return the largest sum over trials that does not exceed a quota.
 
-    They may equal it, and sums of floats differ in their last digits: 200 times 0.1 s fit in 20 s.
+    It is the quota and a rounding error: 200 times 0.1 s fit in 20 s.
     """
     return quota * (1 + 1e-9)
 
@@ -79,8 +78,8 @@ def find_breaches(
 ) -> list[Breach]:
     """Return all breaches after ``elapsed`` seconds, the furthest over its limit first.
 
-    An amount that is missing or None is unknown and breaches nothing. A ``forecast`` has the
-    amounts that the trial is heading for.
+    An unknown amount (missing or None) breaches nothing. ``forecast`` has amounts that the trial
+    is heading for.
     """
     found = [
         Breach(name, limit, amount, elapsed, quota=quota, forecast=forecast)
@@ -99,31 +98,31 @@ def find_refused_breach(
     share: float = AT_LIMIT,
     refused: bool = True,
 ) -> Breach | None:
-    """Return the breach of a trial that was refused what it wanted, None when it was not near.
+    """Return the breach of a trial whose allocation failed, None if it was not near its limit.
 
-    It ``wanted`` what it held and asked for, as far as that is known. From a ``share`` of the
-    limit on, the limit is the reason; 0 where that is certain. Of a breach that was ``refused``
-    the reason says "asked for" instead of "used".
+    ``wanted`` is what it held and requested, as far as known. From this ``share`` of the limit on,
+    the limit was the reason; 0 if that is certain. With ``refused``, the breach says "asked for"
+    instead of "used".
     """
     if resource not in ceilings:
         return None
     limit, quota = ceilings[resource]
     if wanted < share * limit:
         return None
-    # What was refused is not known more closely than that it was over the limit.
+    # The size is unknown, except that it was over the limit.
     observed = wanted if is_breach(resource, wanted, limit) else limit * (1 + 1e-6) + 1
     return Breach(resource, limit, observed, elapsed, quota=quota, refused=refused)
 
 
-# Share of a granted amount at which more is requested, so that the answer comes in time.
+# Share of a grant at which more is requested, so that the answer comes in time.
 EXTENSION_THRESHOLD = 0.8
-# The same for memory and other resources held at one moment: most trials come near what they were
-# granted without outgrowing it.
+# The same for memory and other resources held at one moment: most trials come near their grant
+# without exceeding it.
 HELD_EXTENSION_THRESHOLD = 0.9
-# Seconds that a breach waits for an answer. It comes late on a busy machine and while a database
-# server restarts; without any answer the trial must end.
+# Seconds that a breach waits for an answer, which is late on a busy machine and while a database
+# server restarts; without an answer the trial is terminated.
 EXTENSION_TIMEOUT = 10.0
-# Seconds after which a refused request is repeated: others may have returned their share.
+# Seconds after which a refused request is repeated: others may have released some.
 RETRY_INTERVAL = 0.2
 
 
@@ -167,10 +166,10 @@ class QuotaExtension:
         return self._requested_at is None or now - self._requested_at < EXTENSION_TIMEOUT
 
     def resolve(self, before: Ceilings, after: Ceilings, now: float) -> None:
-        """Take new ceilings as the answer: what the trial was over and did not grow is refused."""
+        """Set new ceilings in answer: a ceiling that was exceeded and not raised is a refusal."""
         old, new = _granted(before), _granted(after)
         grown = {name for name, amount in new.items() if amount > old.get(name, 0.0)}
-        # A trial that must end at once is left with nothing.
+        # A trial that must end at once gets 0.
         self._refused = {name for name, amount in new.items() if amount <= 0}
         self._refused |= self._over - grown
         self._over = set()
@@ -178,7 +177,7 @@ class QuotaExtension:
         self._not_before = now if self.needs.keys() <= grown else now + RETRY_INTERVAL
 
     def take_request(self) -> Callable[[], None] | None:
-        """Return what requests more, once each time that it is due."""
+        """Return the function that requests more if a request is due, else None."""
         is_due, self._is_due = self._is_due, False
         return self._request if is_due else None
 
@@ -197,7 +196,7 @@ class QuotaExtension:
 
 
 def _is_extensible(resource: str, quota: bool) -> bool:
-    # All trials use the study's wall time at once: none can return any of it.
+    # All running trials share the study's wall time: none can release any of it.
     return quota and resource != "wall_time"
 
 

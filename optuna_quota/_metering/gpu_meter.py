@@ -11,19 +11,21 @@ from typing import Literal, NamedTuple
 
 from optuna_quota._metering import nvml
 from optuna_quota._metering.gpu_reader import ANY_PID, GPU_TOTALS, GpuReader, GpuReading, growth
-from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading
+from optuna_quota._metering.meter import DeviceShare, GpuUse, log_once, MeterReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus
-from optuna_quota._metering.warn import warn_once
 from optuna_quota._resources import get_resource, GPU_RESOURCES
 
 
-# Seconds. A query takes 0.1 to several ms a device; the driver's own samples are 1/6 to 1 s apart.
-_PERIOD = 0.25
-_PERIOD_WITH_LIMIT = 0.05
-# Queries take at most this share of the time.
+# Seconds. Reading memory takes microseconds to milliseconds, depending on the driver.
+_PERIOD = 0.1
+_PERIOD_WITH_LIMIT = 0.02
+_LONGEST_PERIOD = 0.25
+# For totals, which take milliseconds. The driver's own samples are 1/6 to 1 s apart.
+_TOTALS_PERIOD = 0.25
+# Up to the longest period, queries take at most this share of the time.
 _MAX_LOAD = 0.02
-# Bytes. A CUDA context alone takes more; less is within what the driver's own bookkeeping moves.
+# Bytes. A CUDA context alone takes more; smaller changes may be the driver's own.
 _NOTICEABLE = 32 * 2**20
 
 _NOT_LISTED = (
@@ -37,7 +39,7 @@ _LOST = MeterReading(None, peak=True, lost=True)
 class Source(NamedTuple):
     """How a trial's use of GPUs can be measured.
 
-    Without a name, it is on no GPU, or ``reason`` says why it can't be measured.
+    Without a name, the trial uses no GPU, or ``reason`` says why it can't be measured.
     """
 
     name: Literal["process", "device"] | None = None
@@ -52,12 +54,11 @@ class GpuMeter:
     """Measures what one trial uses of GPUs.
 
     By process if the driver lists the trial's processes. Otherwise by device, as long as no other
-    trial may use it: what the trial's devices hold beyond what they held at the first reading,
-    which therefore comes before the trial's process begins. A trial that is on no GPU has no
-    amounts: None, not 0.
+    trial may use it: the growth of memory since the first reading, which therefore takes place
+    before the trial's process begins. A trial that uses no GPU has no amounts: None, not 0.
 
-    A ``limited`` resource that can't be measured is a warning. The ``environment`` has variables
-    that only the trial's own process has.
+    Warns of a ``limited`` resource that can't be measured. ``environment`` has variables that only
+    the trial's own process has.
     """
 
     eager = True
@@ -92,12 +93,15 @@ class GpuMeter:
         self._shortest_period = _PERIOD_WITH_LIMIT if "gpu_memory" in self._limited else _PERIOD
         self.period = self._shortest_period
 
-    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
-        """Return what the trial's processes hold and have used, by a new reading."""
+    def read(self, pids: Sequence[int], *, fully: bool = False) -> Mapping[str, MeterReading]:
+        """Read what the trial's processes hold and have used.
+
+        Totals may be up to 0.25 s old, unless they are read ``fully``.
+        """
         if self.period == math.inf:
             return {}  # no GPU, or given up: a part of the trial says nothing about the whole
         try:
-            return self._read(pids)
+            return self._read(pids, fully)
         except GpuError as error:
             if self._start.at == -math.inf:
                 return self._give_up(Source(None, error.reason), GPU_RESOURCES)
@@ -106,7 +110,7 @@ class GpuMeter:
             if self._is_closed and self._reader is not None:
                 self._reader.release(self)  # closed by another thread meanwhile
 
-    def _read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
+    def _read(self, pids: Sequence[int], fully: bool) -> Mapping[str, MeterReading]:
         reader = self._reader
         if reader is None:
             reader = self._open()
@@ -122,9 +126,12 @@ class GpuMeter:
             # Not at the first reading: a trial in this process may soon get one of its own, on
             # other devices.
             reader.claim(self, self._devices)
-            reading = reader.read(max_age=self.period / 2, after=self._at)
+            totals_age = max(_TOTALS_PERIOD, reader.totals_cost / _MAX_LOAD)
+            reading = reader.read(
+                max_age=self.period / 2, after=self._at, totals_age=0.0 if fully else totals_age
+            )
         self._at = reading.at
-        self.period = max(self._shortest_period, reader.cost / _MAX_LOAD)
+        self.period = max(self._shortest_period, min(_LONGEST_PERIOD, reader.cost / _MAX_LOAD))
         return self._measure(reader, reading, pids)
 
     def close(self) -> None:
@@ -186,7 +193,7 @@ class GpuMeter:
         return dict.fromkeys(names, _LOST)
 
     def _lost(self, reading: GpuReading) -> str | None:
-        """Return why nothing is known of the trial any more, None while something is."""
+        """Return why nothing is known of the trial any more, else None."""
         if reading.lost is not None:
             return reading.lost
         used = self._devices if self._source.name == "device" else self._listed_on
@@ -203,7 +210,7 @@ class GpuMeter:
         source = self._source_of(reader, reading, listed)
         if source.name == "device" != self._source.name:
             # Read again: processes that have just ended are not listed any more.
-            reading = reader.read()
+            reading = reader.read(totals_age=math.inf)
             self._at = reading.at
             source = self._source_of(reader, reading, self._pids & reading.memory.keys())
         return source, reading
@@ -211,7 +218,7 @@ class GpuMeter:
     def _source_of(
         self, reader: GpuReader, reading: GpuReading, listed: Collection[int]
     ) -> Source:
-        # First: each reading of devices counts for the least that others hold there.
+        # First: each reading of devices updates the least that others hold there.
         growth_of_devices = sum(self._growths(reader, reading).values())
         without_bytes = [pid for pid in listed if reading.memory[pid] is None]
         if listed and not without_bytes:
@@ -248,10 +255,10 @@ class GpuMeter:
         return found
 
     def _is_foreign(self, reader: GpuReader, pid: int) -> bool:
-        """Return whether a listed process surely belongs to others.
+        """Return whether a listed process certainly does not belong to the trial.
 
-        It does if it was listed before the trial began, or if this machine shows a process of that
-        pid. Any other may be the trial's, by the pid that it has outside of its container.
+        That is so if it was listed before the trial began, or if this machine has a process of
+        that pid. Any other pid may be a trial's process as seen from outside its container.
         """
         if pid in self._pids or (self._runs_here and pid in reader.outside_pids):
             return False
@@ -289,7 +296,7 @@ class GpuMeter:
 
     def _by_device(self, reader: GpuReader, reading: GpuReading) -> dict[str, MeterReading]:
         message = "GPU memory of trials is measured as the growth of what their devices hold"
-        warn_once("gpu: by device", f"{message}: {_NOT_LISTED}.", level=logging.INFO)
+        log_once("gpu: by device", f"{message}: {_NOT_LISTED}.", level=logging.INFO)
         held = self._growths(reader, reading)
         listed = {pid for name in self._devices for pid in reading.devices[name].held}
         self._outside_pids |= {pid for pid in listed if not self._is_foreign(reader, pid)}
@@ -335,7 +342,7 @@ class GpuMeter:
     def _device_totals(
         self, reading: GpuReading, devices: Collection[str]
     ) -> dict[str, MeterReading]:
-        """Return what devices as a whole spent since the trial's start, as far as known."""
+        """Return the totals of whole devices since the trial's start, where known."""
         found = {}
         for name in GPU_TOTALS:
             before = [self._start.devices[d].totals.get(name) for d in devices]
@@ -348,7 +355,7 @@ class GpuMeter:
     def _warn(
         self, resources: Sequence[str], reason: str, *, level: int = logging.WARNING, how: str = ""
     ) -> None:
-        """Warn once that resources are not measured, and which limits are thus not enforced."""
+        """Warn once of resources that are not measured, and of limits that can't be enforced."""
         what = _titles(resources)
         verb = "is" if len(resources) == 1 else "are"
         message = f"{what[0].upper()}{what[1:]} {verb} not measured{how}: {reason}."
@@ -358,7 +365,7 @@ class GpuMeter:
                 f" A limit or quota on {_titles(limited)} can't be enforced here: "
                 "`optuna-quota doctor` says more."
             )
-        warn_once(f"gpu: {reason}", message, level=level)
+        log_once(f"gpu: {reason}", message, level=level)
 
 
 def _reasons(

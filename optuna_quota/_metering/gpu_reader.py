@@ -1,4 +1,4 @@
-"""What all processes use of the visible GPUs, and which GPUs the trials of others use."""
+"""Reads what processes use of the visible GPUs, and which GPUs other workers' trials use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import psutil
 
-from optuna_quota._metering.nvml import answer_in_time, GpuError, GpuSample, HANGS, NvmlDevice
+from optuna_quota._metering.nvml import answer_in_time, GpuError, GpuSample, NvmlDevice
 from optuna_quota._resources import GPU_RESOURCES, RESOURCES
 
 
@@ -27,9 +27,6 @@ ANY_PID = -1
 
 # The GPU resources that add up.
 GPU_TOTALS = tuple(name for name in GPU_RESOURCES if not RESOURCES[name].peak)
-
-# Seconds that a reading waits for that of another thread.
-_TIMEOUT = 2.0
 
 _NAMES = Path("/proc/net/unix")
 _PREFIX = "optuna-quota/gpu/"
@@ -42,11 +39,11 @@ Answer = TypeVar("Answer")
 
 
 class GpuRegistry:
-    """Shares with other processes which GPUs the trials of this one use; not thread-safe.
+    """Tells other processes which GPUs the trials of this one use; not thread-safe.
 
-    A device's memory is one trial's only while no other trial has the device, those of other
-    workers included. All processes of a machine or container see the names of abstract sockets,
-    and these are gone with their process: no file is left behind.
+    A device's memory can be attributed to a trial only while no other trial, of any worker, has
+    the device. The names of abstract sockets are visible to all processes of a machine or
+    container, and vanish with their process.
     """
 
     def __init__(self) -> None:
@@ -92,12 +89,12 @@ class DeviceReading:
 
     @property
     def listed(self) -> float:
-        """Bytes that the listed processes hold, as far as known."""
+        """Bytes that the listed processes hold, where known."""
         return sum(held or 0.0 for held in self.held.values())
 
     @property
     def in_use(self) -> float | None:
-        """Bytes in use by any process, at least what the listed ones hold."""
+        """Bytes in use by any process, at least those of the listed ones."""
         if self.used is None:
             return self.listed if set(self.held.values()) - {None} else None
         return max(self.used, self.listed)
@@ -113,7 +110,7 @@ class DeviceReading:
 def growth(
     before: DeviceReading, now: DeviceReading, is_foreign: Callable[[int], bool]
 ) -> float | None:
-    """Return what a device holds beyond what it held before, in bytes; None if unknown.
+    """Return the growth of a device's memory since a reading, in bytes; None if unknown.
 
     Known changes of foreign processes are not counted.
     """
@@ -139,15 +136,17 @@ class GpuReading:
     # Why a resource is unknown, by pid and resource
     unknown: dict[int, dict[str, str]] = field(default_factory=dict)
     lost: str | None = None  # Why nothing is known any more, None while something is
-    at: float = float("-inf")  # When it was read, in seconds since 1970
+    # When it was read, and when its totals were, in seconds since 1970
+    at: float = float("-inf")
+    totals_at: float = float("-inf")
 
     def mark_unknown(self, pids: Iterable[int], resource: str, reason: str) -> None:
         for pid in pids:
             self.unknown.setdefault(pid, {})[resource] = reason
 
 
-def is_alive(pid: int) -> bool:
-    """Return whether this machine, or container, has a process of this pid, hidden or not."""
+def has_process(pid: int) -> bool:
+    """Return whether this machine or container has a process of this pid."""
     if os.name != "posix":
         return psutil.pid_exists(pid)
     try:
@@ -162,14 +161,14 @@ def is_alive(pid: int) -> bool:
 class GpuReader:
     """Reads what processes use of the visible devices; thread-safe.
 
-    Busy time is the integral of the driver's utilization samples. Energy is a device's own
-    counter: a process that has the device to itself is charged all of it, idle power included;
-    processes that share it are charged by how busy they kept it, evenly if none did; if the
-    driver does not report that, it is unknown.
+    Busy time is the integral of the driver's utilization samples. Energy is the device's counter:
+    a process that has the device to itself is charged all of it, idle power included; processes
+    that share it are charged by their busy time, evenly if there is none; if the driver does not
+    report that, energy is unknown.
     """
 
     def __init__(
-        self, devices: Iterable[NvmlDevice], *, is_alive: Callable[[int], bool] = is_alive
+        self, devices: Iterable[NvmlDevice], *, is_alive: Callable[[int], bool] = has_process
     ) -> None:
         self.is_alive = is_alive
         self._lock = threading.Lock()
@@ -180,7 +179,9 @@ class GpuReader:
         self._claims: dict[object, frozenset[str]] = {}
         self._registry = GpuRegistry()
         self.latest = GpuReading()  # The last reading
-        self.cost = 0.0  # Seconds that it took
+        # Seconds of CPU time that the last reading of memory took, and that of totals. Not of
+        # clock time: while a process starts CUDA, 0.35 s on an H200, the driver lets others wait.
+        self.cost = self.totals_cost = 0.0
         self.lists_own_pids = False  # Whether the driver has listed a trial's process by its pid
         # Pids outside of this container of processes that are this process's own.
         self.outside_pids: set[int] = set()
@@ -207,7 +208,7 @@ class GpuReader:
             _logger.debug(f"Other workers can't see which GPUs trials use: {error}.")
 
     def is_exclusive(self, trial: object) -> bool:
-        """Return whether no other trial, of any worker on this machine, may use its devices."""
+        """Return whether no other trial of this machine may use a trial's devices."""
         with self._claims_lock:
             own = self._claims.get(trial, frozenset())
             if any(own & its for other, its in self._claims.items() if other is not trial):
@@ -221,36 +222,39 @@ class GpuReader:
     def reset_after_fork(self) -> None:
         self._registry.publish(())
 
-    def read(self, max_age: float = 0.0, after: float = float("-inf")) -> GpuReading:
-        """Return the last reading, or a new one if that is older than ``max_age`` or ``after``.
+    def read(
+        self, max_age: float = 0.0, after: float = float("-inf"), *, totals_age: float = 0.0
+    ) -> GpuReading:
+        """Return the last reading, or a new one if it is older than ``max_age`` or ``after``.
 
-        Threads that wait for another's reading share the next one. Raises GpuError if the driver
-        does not answer.
+        A new reading keeps totals that are no older than ``totals_age``: reading them takes about
+        a hundred times as long as memory (4 to 15 ms on an H200). Threads that wait for another's
+        reading share the next one. Raises GpuError if the driver does not answer.
         """
         asked = time.time()
-        return answer_in_time(lambda: self._read_in_turn(asked, max_age, after))
+        return answer_in_time(lambda: self._read_in_turn(asked, max_age, after, totals_age))
 
-    def _read_in_turn(self, asked: float, max_age: float, after: float) -> GpuReading:
-        if not self._lock.acquire(timeout=_TIMEOUT):
-            raise GpuError(HANGS)
-        try:
+    def _read_in_turn(
+        self, asked: float, max_age: float, after: float, totals_age: float
+    ) -> GpuReading:
+        with self._lock:
             now, latest = time.time(), self.latest
             is_fresh = asked - max_age <= latest.at <= now and latest.at > after
-            if latest.lost is None and not is_fresh:
-                begun = time.perf_counter()
-                self.latest = self._read(now)
-                self.cost = time.perf_counter() - begun
+            has_totals = asked - totals_age <= latest.totals_at <= now
+            if latest.lost is None and not (is_fresh and has_totals):
+                self.latest = self._read(now, with_totals=not has_totals)
             return self.latest
-        finally:
-            self._lock.release()
 
-    def _read(self, now: float) -> GpuReading:
+    def _read(self, now: float, *, with_totals: bool) -> GpuReading:
         # Copies: other threads may still hold the earlier reading.
         totals = {name: dict(by_pid) for name, by_pid in self.latest.totals.items()}
-        reading = GpuReading(totals=totals, at=now)
+        totals_at = now if with_totals else self.latest.totals_at
+        reading = GpuReading(totals=totals, at=now, totals_at=totals_at)
         try:
-            for device in self._devices:
-                device.read(reading, now)
+            costs = [d.read(reading, now, with_totals=with_totals) for d in self._devices]
+            self.cost = sum(memory for memory, _ in costs)
+            if with_totals:
+                self.totals_cost = sum(totals for _, totals in costs)
         except GpuError as error:
             reading.lost = error.reason
         lost = [device.lost for device in reading.devices.values()]
@@ -265,26 +269,45 @@ class GpuReader:
 class _DeviceReader:
     def __init__(self, device: NvmlDevice, now: float) -> None:
         self.device = device
-        self._sampled = now
-        self._read_at = now
+        self._sampled = now  # When the last sample of any process was taken
+        # When that of each process was, at first when it was listed.
+        self._since: dict[int, float] = {}
+        self._totals_at = now
         self._first_joules: float | None = None
         self._joules: float | None = None
         self._busy = 0.0
         self._lost: str | None = None
+        # What was last read: totals of the device as a whole, and why processes have none.
+        self._totals: dict[str, float] = {}
+        self._unknown: dict[str, str] = {}
 
-    def read(self, reading: GpuReading, now: float) -> None:
+    def read(self, reading: GpuReading, now: float, *, with_totals: bool) -> tuple[float, float]:
+        """Read the device; return the seconds of CPU time that memory and totals took."""
         found = reading.devices[self.device.identity] = DeviceReading(lost=self._lost)
-        if self._lost is not None:
-            return
+        begun = between = time.thread_time()
         try:
-            self._read(reading, found, now)
+            if self._lost is None:
+                self._read_memory(reading, found)
+                between = time.thread_time()
+                if with_totals:
+                    self._read_totals(reading, found, now)
+                self._add_totals(reading, found)
         except GpuError as error:
             if not error.lost:
                 raise
             # The other devices go on.
             self._lost = found.lost = error.reason
+        return between - begun, time.thread_time() - between
 
-    def _read(self, reading: GpuReading, found: DeviceReading, now: float) -> None:
+    def _add_totals(self, reading: GpuReading, found: DeviceReading) -> None:
+        """Add the totals that were read last, and why others are unknown."""
+        found.totals = self._totals
+        for resource, reason in self._unknown.items():
+            reading.mark_unknown(found.held, resource, reason)
+            if resource not in found.totals:
+                found.unknown[resource] = reason
+
+    def _read_memory(self, reading: GpuReading, found: DeviceReading) -> None:
         # Before the list: what is in use then never includes a process that is not listed yet.
         found.used, found.total = _try(self.device.memory) or (None, None)
         try:
@@ -296,46 +319,49 @@ class _DeviceReader:
                 reading.mark_unknown([ANY_PID], resource, error.reason)
             listed = {}
         found.held = listed
+        for pid in listed:
+            self._since.setdefault(pid, reading.at)
         for pid, memory in listed.items():
             known = reading.memory.get(pid, 0.0)
             reading.memory[pid] = None if memory is None or known is None else known + memory
             if memory is None:
                 reason = _INSTANCE if self.device.is_instance else _NO_BYTES
                 reading.mark_unknown([pid], "gpu_memory", reason)
+
+    def _read_totals(self, reading: GpuReading, found: DeviceReading, now: float) -> None:
+        self._totals, self._unknown = {}, {}
         busy: dict[int, float] | None = None
         try:
-            busy = self._read_busy(reading, listed)
+            busy = self._read_busy(reading, found.held)
         except GpuError as error:
-            self._mark_unknown(reading, found, "gpu_time", error)
+            self._mark_unknown("gpu_time", error)
         try:
-            self._read_energy(reading, found, listed, busy)
+            self._read_energy(reading, found.held, busy)
         except GpuError as error:
-            self._mark_unknown(reading, found, "energy", error)
-        if not listed or busy is None:
+            self._mark_unknown("energy", error)
+        if not found.held or busy is None:
             # How busy the device is as a whole is all there is.
             share = _try(self.device.utilization)
             if share is not None:
-                self._busy += share * max(0.0, now - self._read_at)
-                found.totals["gpu_time"] = self._busy
-                found.unknown.pop("gpu_time", None)
-        self._read_at = now
+                self._busy += share * max(0.0, now - self._totals_at)
+                self._totals["gpu_time"] = self._busy
+        self._totals_at = now
 
-    def _mark_unknown(
-        self, reading: GpuReading, found: DeviceReading, resource: str, error: GpuError
-    ) -> None:
+    def _mark_unknown(self, resource: str, error: GpuError) -> None:
         if error.final:
             raise error
-        reading.mark_unknown(found.held, resource, error.reason)
-        if resource not in found.totals:
-            found.unknown[resource] = error.reason
+        self._unknown[resource] = error.reason
 
     def _read_busy(self, reading: GpuReading, listed: Iterable[int]) -> dict[int, float]:
         """Return the busy seconds by process since the last reading."""
         if self.device.is_instance:
             raise GpuError(_INSTANCE)
         samples = self.device.samples(self._sampled)
-        grown = busy_seconds(samples, self._sampled)
+        grown = busy_seconds(samples, self._since, self._totals_at)
         self._sampled = max((s.seconds for s in samples), default=self._sampled)
+        self._since = {pid: at for pid, at in self._since.items() if pid in listed}
+        for sample in samples:
+            self._since[sample.pid] = max(sample.seconds, self._since.get(sample.pid, 0.0))
         totals = reading.totals["gpu_time"]
         for pid in {*listed, *grown}:
             totals[pid] = totals.get(pid, 0.0) + grown.get(pid, 0.0)
@@ -344,7 +370,6 @@ class _DeviceReader:
     def _read_energy(
         self,
         reading: GpuReading,
-        found: DeviceReading,
         listed: Iterable[int],
         busy: Mapping[int, float] | None,
     ) -> None:
@@ -353,7 +378,7 @@ class _DeviceReader:
         joules = self.device.joules()
         before, self._joules = self._joules, joules
         self._first_joules = joules if self._first_joules is None else self._first_joules
-        found.totals["energy"] = max(0.0, joules - self._first_joules)
+        self._totals["energy"] = max(0.0, joules - self._first_joules)
         grown = 0.0 if before is None else max(0.0, joules - before)
         totals = reading.totals["energy"]
         for pid, share in energy_shares(list(listed), busy).items():
@@ -369,22 +394,25 @@ def _try(read: Callable[[], Answer]) -> Answer | None:
         return None
 
 
-def busy_seconds(samples: Iterable[GpuSample], since: float) -> dict[int, float]:
+def busy_seconds(
+    samples: Iterable[GpuSample], since: Mapping[int, float], otherwise: float
+) -> dict[int, float]:
     """Return the integral of utilization over time by process, in seconds.
 
-    A sample holds for the time from the one before it of the same process, or from ``since``.
+    A sample holds from the previous one of the same process, or for its first one from ``since``
+    (by pid), else from ``otherwise``: the driver has no samples from before a process existed.
     """
-    last: dict[int, float] = {}
+    last = dict(since)
     busy: dict[int, float] = {}
     for sample in sorted(samples, key=lambda s: s.seconds):
-        span = max(0.0, sample.seconds - last.get(sample.pid, since))
+        span = max(0.0, sample.seconds - last.get(sample.pid, otherwise))
         busy[sample.pid] = busy.get(sample.pid, 0.0) + sample.busy * span
         last[sample.pid] = sample.seconds
     return busy
 
 
 def energy_shares(listed: list[int], busy: Mapping[int, float] | None) -> dict[int, float]:
-    """Return the share of a device's energy that each process is charged; they add up to 1.
+    """Return the share of a device's energy that each process is charged; the sum is 1.
 
     Raises GpuError if there are several and it is unknown how busy each kept the device.
     """

@@ -1,8 +1,8 @@
-"""How much memory and how many cores this host, or the container it is in, has.
+"""Memory and cores of this host, or of the container that this process is in.
 
-Inside a cgroup with a limit the host's totals don't help: the kernel kills at the cgroup's limit.
-Limits of ancestors bind as well, so the tightest on the way up counts. Versions 1 and 2 of
-cgroups are supported, also mixed.
+In a cgroup with a limit, the kernel kills at that limit, whatever the host has. Limits of
+ancestors apply as well, so the tightest one counts. Versions 1 and 2 of cgroups are supported,
+also mixed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _ROOT = Path("/")
 
 
 def host_memory_limit(root: Path = _ROOT) -> float:
-    """Return the bytes of memory that the processes here may hold together."""
+    """Return the bytes of memory that all processes here may hold together."""
     limits = [_number(text) for text in _memory_limits(root)]
     total = float(psutil.virtual_memory().total)
     return min([total, *(limit for limit in limits if limit is not None)])
 
 
 def cpu_count(root: Path = _ROOT) -> float:
-    """Return the cores that the processes here may keep busy together; may be a fraction.
+    """Return the cores that all processes here may keep busy together; may be a fraction.
 
-    The least of the processors this process may run on and the quotas of its cgroup and its
-    ancestors.
+    The minimum of the processors that this process may run on and the CPU quotas of its cgroup
+    and the cgroup's ancestors.
     """
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -41,8 +41,8 @@ def usable_cores(cores: float, quotas: Iterable[str]) -> float:
 
     Args:
         cores: The processors that this process may run on.
-        quotas: Texts of ``cpu.max`` such as ``"150000 100000"``: microseconds of CPU time in each
-            period of so many microseconds; ``"max"`` or -1 for no quota.
+        quotas: Contents of ``cpu.max`` such as ``"150000 100000"``: microseconds of CPU time in
+            each period, and microseconds of a period; ``"max"`` or -1 for no quota.
     """
     found = [float(cores)]
     for quota in quotas:
@@ -55,7 +55,7 @@ def usable_cores(cores: float, quotas: Iterable[str]) -> float:
 
 
 def _number(text: str) -> float | None:
-    """Return a file's number; None for "max", -1, and the huge number that is v1's no limit."""
+    """Return a file's number; None for "max", -1, and the huge number for no limit in v1."""
     try:
         value = float(text)
     except ValueError:
@@ -80,8 +80,8 @@ def _cpu_quotas(root: Path) -> Iterator[str]:
 def _folders(root: Path, controller: str) -> Iterator[Path]:
     """Yield the folders of this process's cgroup and its ancestors; version 2 is under "".
 
-    In a container the path may be the host's while the mount shows the container's own cgroup at
-    its top: missing folders are left out, and the top is always tried.
+    In a container the path may be the host's, while the mount has the container's own cgroup at
+    its root: missing folders are skipped, and the root is always included.
     """
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

@@ -30,7 +30,9 @@ class MemorySnapshot(NamedTuple):
 
     highest: int  # The high-water mark of resident memory (VmHWM), with pages of files
     resident: int  # The resident memory
+    anonymous: int  # The part of it that is neither of files nor shared memory
     file: int  # The resident pages of files
+    most_file: int  # The most of them since the snapshot before
     faults: int  # The number of page faults so far
     huge: int  # The anonymous huge pages that this host has allocated so far, for any process
 
@@ -38,17 +40,17 @@ class MemorySnapshot(NamedTuple):
 def unseen_peak(before: MemorySnapshot, now: MemorySnapshot) -> int | None:
     """Return the memory, without files' pages, at a peak between two snapshots (pure).
 
-    The high-water mark counts pages of files as well, and the kernel does not keep how much of it
-    they were. So it is used only if they can hardly have come and gone: a file that is mapped,
-    read and unmapped takes few page faults, and no anonymous huge pages.
+    The high-water mark includes pages of files, in an unknown share. So it is used only if page
+    faults and huge pages account for the growth: a file that is mapped, read and unmapped causes
+    few page faults and no anonymous huge pages.
 
     Returns:
         The bytes; None without a peak, or if it is unknown.
     """
     if now.highest <= before.highest or now.highest - now.resident <= _AT_PEAK * now.highest:
         return None
-    peak = now.highest - max(before.file, now.file)
-    if abs(now.file - before.file) > _MAX_FILE_CHANGE * peak:
+    peak = now.highest - max(before.file, now.most_file)
+    if now.most_file - min(before.file, now.file) > _MAX_FILE_CHANGE * peak:
         return None
     growth = now.highest - before.resident
     small = growth <= _SMALL_FAULT * (now.faults - before.faults)
@@ -67,8 +69,8 @@ def read_huge_pages() -> int:
 class LinuxProcess:
     """One process by its open directory in /proc.
 
-    A descriptor stays bound to the process that it was opened for: once it is gone, reading raises
-    OSError, also if the pid is reused.
+    A descriptor stays bound to its process: once that is gone, reading raises OSError, even if the
+    pid is reused.
 
     Raises:
         ProcessLookupError: If there is no such process (any more).
@@ -84,7 +86,8 @@ class LinuxProcess:
         self.shareable = 0  # The part of its memory, as last read, that is shared memory, in bytes
         self._shared, self._swapped = b"", 0
         self._swaps = has_swap()
-        self._mark: MemorySnapshot | None = None
+        self.last: MemorySnapshot | None = None  # The snapshot that peaks are found since
+        self._most_file = 0  # Since then
         self._folder = self._stat = self._statm = self._status = -1
         try:
             self._folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
@@ -114,9 +117,9 @@ class LinuxProcess:
         return (int(resident) - int(shared)) * PAGE + self.shareable + self._swapped
 
     def proportional_memory(self) -> ProcessMemory:
-        """Return its memory with each page divided by its holders; costs 0.1 to 1.4 ms.
+        """Return its memory with each page divided by its holders; takes 0.1 to 1.4 ms.
 
-        Nothing for a zombie; all as its own if it can't be read (another user's).
+        A zombie has none. Of another user's process, which can't be read, all pages count in full.
         """
         status = self._read_status()
         shmem = _size(status, b"RssShmem:")
@@ -145,21 +148,37 @@ class LinuxProcess:
             shareable_part=divided,
         )
 
-    def unseen_peak(self, huge: int) -> int | None:
-        """Return a peak since the last call, in bytes; takes the host's huge pages so far."""
+    def snapshot(self, huge: int) -> MemorySnapshot | None:
+        """Return its memory, given the host's huge pages so far; None if it has ended."""
         status = self._read_status()
         if b"VmHWM:" not in status:
             return None
-        now = MemorySnapshot(
+        self._update_shared(status)
+        return MemorySnapshot(
             highest=_size(status, b"VmHWM:"),
             resident=_size(status, b"VmRSS:"),
+            anonymous=_size(status, b"RssAnon:"),
             file=_size(status, b"RssFile:"),
+            most_file=self._most_file,
             faults=self.faults(),
             huge=huge,
         )
-        self._update_shared(status)
-        before, self._mark = self._mark, now
-        return None if before is None else unseen_peak(before, now)
+
+    def unseen_peak(self, huge: int) -> int | None:
+        """Return a peak since the last call, in bytes, given the host's huge pages so far."""
+        now = self.snapshot(huge)
+        if now is None:
+            return None
+        found = self.unseen_peak_at(now)
+        self.last, self._most_file = now, now.file
+        return found
+
+    def unseen_peak_at(self, now: MemorySnapshot) -> int | None:
+        """Return a peak between the last call of ``unseen_peak`` and a snapshot, in bytes."""
+        if self.last is None:
+            return None
+        most_file = max(self._most_file, now.most_file)
+        return unseen_peak(self.last, now._replace(most_file=most_file))
 
     def faults(self) -> int:
         fields = self._stat_fields()
@@ -205,7 +224,7 @@ class LinuxProcess:
         Writing 5 to clear_refs sets the high-water mark to the present memory, see proc(5). Other
         readers of the process's VmHWM or ru_maxrss see it reset as well.
         """
-        self.knows_peak, self._mark = False, None
+        self.knows_peak, self.last = False, None
         with contextlib.suppress(OSError):
             handle = os.open("clear_refs", os.O_WRONLY, dir_fd=self._folder)
             try:
@@ -234,6 +253,7 @@ class LinuxProcess:
     def _update_shared(self, status: bytes) -> None:
         self.shareable = _size(status, b"RssShmem:")
         self._swapped = _size(status, b"VmSwap:")
+        self._most_file = max(self._most_file, _size(status, b"RssFile:"))
 
     def _read_status(self) -> bytes:
         """Return the text of status; for a zombie it lacks the sizes of memory."""

@@ -1,7 +1,7 @@
-"""The metering loop: for each process, two threads measure all of its trials.
+"""The metering loop: two threads in each process measure all of its trials.
 
-One samples process trees and finds breaches. What may not return, GPUs' drivers and the user's own
-meters, is read by the other: no other limit waits for it.
+One thread samples process trees and finds breaches. The other reads GPU drivers and the user's
+meters, which may hang.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from optuna_quota._metering.meter import (
     ProcessorEnergyMeter,
     ScheduledMeter,
     TrialMeter,
+    warn_of_missing,
 )
 from optuna_quota._metering.monitored_tree import (
     MonitoredTrees,
@@ -28,22 +29,20 @@ from optuna_quota._metering.monitored_tree import (
     OpenTree,
     warn_of_sharing,
 )
+from optuna_quota._metering.monitored_trial import Key, MonitoredTrial
 from optuna_quota._metering.process_tree import ProcessTree
-from optuna_quota._metering.timing import PauseDetector, RunningClock, Wakeup
-from optuna_quota._metering.trial_state import Key, TrialState
+from optuna_quota._metering.timing import PauseDetector, RunningClock
 from optuna_quota._usage import Breach, Usage
 
 
 _logger = logging.getLogger("optuna.quota.metering")
 
-# Seconds that the end of a trial waits for a meter that another thread is reading.
-_METER_TIMEOUT = 1.0
-# Seconds. The start of a trial with shorter readings counts as its own.
+# Seconds. Shorter first readings count as the trial's own time.
 _LONG_READING = 1.0
 
 
-class TrialMonitor(TrialState):
-    """One trial under metering, made by :meth:`MeteringLoop.monitor`; for any thread."""
+class TrialMonitor(MonitoredTrial):
+    """One trial under metering, created by :meth:`MeteringLoop.monitor`; thread-safe."""
 
     def __init__(
         self,
@@ -82,16 +81,16 @@ class TrialMonitor(TrialState):
                 now = loop.now()
                 loop.trees.read(self, now)
                 due = [m for m in self.scheduled if fully or now >= m.due]
-            loop.read_meters(self, due, timeout=_METER_TIMEOUT if fully else 0.0)
+            loop.read_meters(self, due, fully=fully)
             self._check_breach_now()
         return self.usage()
 
     def limit(self, limits: Limits) -> None:
-        """Set the trial's limits, if they become known after its start."""
+        """Set limits that become known after the trial's start."""
         self._set_ceilings(limits, self.left)
 
     def allow(self, left: Mapping[str, float]) -> None:
-        """Set what this trial may use in all of the study's total quotas, by resource."""
+        """Set how much of the study's total quotas the trial may use in all, by resource."""
         self._set_ceilings(self.limits, left)
 
     def _set_ceilings(self, limits: Limits, left: Mapping[str, float]) -> None:
@@ -100,10 +99,10 @@ class TrialMonitor(TrialState):
             self._loop.wake()
 
     def detach(self, waited: float = 0.0) -> None:
-        """Until :meth:`attach` measure time only: the trial gets a process of its own.
+        """Measure time only, until :meth:`attach`: the trial gets a process of its own.
 
-        What was measured so far belongs to this process and is discarded. The first ``waited``
-        seconds don't count as the trial's.
+        Earlier measurements are of this process and discarded. The first ``waited`` seconds don't
+        count as the trial's.
         """
         loop = self._loop
         with loop.lock:
@@ -119,7 +118,7 @@ class TrialMonitor(TrialState):
         self.leave_out(loop.now() - before)
 
     def leave_out(self, seconds: float) -> None:
-        """Leave out of its time what its first readings took, if that was long.
+        """Exclude a long first reading from the trial's time.
 
         A GPU's driver may take seconds to start, or hang.
         """
@@ -128,12 +127,12 @@ class TrialMonitor(TrialState):
                 self.postpone(seconds)
 
     def attach(self, pid: int, reaper: int | None = None, outsiders: int = 0) -> None:
-        """From now on measure only the process tree under ``pid``: the trial is isolated.
+        """Measure only the process tree under ``pid`` from now on: the trial is isolated.
 
-        What was measured so far, except time, belongs to this process and is discarded.
+        Earlier measurements, except time, are of this process and discarded.
 
         Args:
-            pid: The root; a child that was not waited for yet, so that its pid is not reused.
+            pid: The root; a child not yet waited for, so that its pid is not reused.
             reaper: The process that inherits the tree's orphans, if it has no other children.
             outsiders: At least how many processes outside of the tree share the memory that it
                 was forked with.
@@ -153,6 +152,7 @@ class TrialMonitor(TrialState):
         """Measure the trial in the process tree under a pid, None for this process."""
         now = self._loop.now()
         self._loop.trees.add(self, pid, now, reader)
+        warn_of_missing(self.limits.custom, self.meters)
         built_in = self._prepared or self._loop.open_meters(self)
         meters = [*map(CustomMeter, self.meters), *built_in]
         self._prepared, self.scheduled = (), [ScheduledMeter(meter, now) for meter in meters]
@@ -166,7 +166,7 @@ class TrialMonitor(TrialState):
     def on_breach(self, callback: Callable[[Breach], None]) -> None:
         """Call back once at the first breach, from the loop's thread; at once if there was one.
 
-        It should return quickly: nothing is measured meanwhile.
+        The callback should return quickly: nothing is measured meanwhile.
         """
         with self._loop.lock:
             breach = self.breach
@@ -176,14 +176,14 @@ class TrialMonitor(TrialState):
             _call(partial(callback, breach))
 
     def on_low_quota(self, request: Callable[[], None]) -> None:
-        """Call when little is left of a quota, from the loop's thread.
+        """Call back when little is left of a quota, from the loop's thread.
 
-        A breach of what is left then waits for the answer, :meth:`allow`, but not forever.
+        A breach then waits for the answer, a call of :meth:`allow`, for a limited time.
         """
         self.extension = QuotaExtension(request)
 
     def finish(self) -> None:
-        """Check for a breach a last time: the trial has its result."""
+        """Check for a breach a last time, once the trial has its result."""
         with self._loop.lock:
             now = self._loop.now()
             self._loop.trees.read(self, now)
@@ -210,7 +210,7 @@ class TrialMonitor(TrialState):
             ended = loop.now()
             loop.trees.read(self, ended)
             meters = self.scheduled
-        loop.read_meters(self, meters, timeout=_METER_TIMEOUT)
+        loop.read_meters(self, meters, fully=True)
         with loop.lock:
             if not self.closed:
                 self.check_breach(ended)
@@ -224,7 +224,7 @@ class TrialMonitor(TrialState):
         return self.usage()
 
 
-def open_meters(monitor: TrialState) -> Sequence[TrialMeter]:
+def open_meters(monitor: MonitoredTrial) -> Sequence[TrialMeter]:
     limited = {*monitor.limits.amounts(), *monitor.left}
     energy = ProcessorEnergyMeter(
         lambda: monitor.used.by_resource().get("cpu_time"), is_limited="energy" in limited
@@ -242,7 +242,7 @@ class MeteringLoop:
         clock: The time in seconds, without pauses of this process; for tests.
         open_tree: Opens the reader of a process tree; for tests.
         open_meters: Opens what is measured of a trial beside its process tree; for tests.
-        threaded: False leaves it to the caller to call :meth:`tick`; for tests.
+        threaded: If False, the caller has to call :meth:`tick`; for tests.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class MeteringLoop:
         *,
         clock: Callable[[], float] | None = None,
         open_tree: OpenTree = open_tree,
-        open_meters: Callable[[TrialState], Sequence[TrialMeter]] = open_meters,
+        open_meters: Callable[[MonitoredTrial], Sequence[TrialMeter]] = open_meters,
         threaded: bool = True,
     ) -> None:
         self.lock = threading.RLock()  # Guards the state of all trials
@@ -261,7 +261,7 @@ class MeteringLoop:
         self._pause_detector = PauseDetector(self._clock, lambda: bool(self._monitors))
         self.open_meters = open_meters
         self._is_threaded = threaded
-        self._watching, self._reading = Wakeup(), Wakeup()
+        self._watching, self._reading = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._is_stopped = False
         # When something other than a process tree is due.
@@ -279,7 +279,7 @@ class MeteringLoop:
     ) -> TrialMonitor:
         """Start metering a trial; to be called from the thread that runs it.
 
-        Of one that does not run ``here``, where this process can see it, only time is measured.
+        If it does not run ``here``, where this process can measure it, only its time is measured.
         ``left`` is what it may use of the study's total quotas.
         """
         with self.lock:
@@ -301,7 +301,7 @@ class MeteringLoop:
 
     @property
     def paused(self) -> float:
-        """Seconds of pauses of this process, which its clock leaves out."""
+        """Seconds for which this process was stopped, which its clock excludes."""
         return self._clock.skipped
 
     def find(self, key: Key) -> TrialMonitor | None:
@@ -363,10 +363,10 @@ class MeteringLoop:
     def _scheduled_meters(self) -> list[tuple[TrialMonitor, ScheduledMeter]]:
         return [(trial, each) for trial in self._monitors.values() for each in trial.scheduled]
 
-    # What follows is for monitors, which hold the lock, except for `read_meters`.
+    # The methods below are for monitors, which hold the lock, except for `read_meters`.
 
     def wake(self) -> None:
-        """Let the threads look at everything again, at once."""
+        """Let the threads check all trials again, at once."""
         self._watch_again()
         self._reading.set()
 
@@ -375,9 +375,9 @@ class MeteringLoop:
         self._watching.set()
 
     def read_meters(
-        self, trial: TrialMonitor, meters: Iterable[ScheduledMeter], *, timeout: float = 0.0
+        self, trial: TrialMonitor, meters: Iterable[ScheduledMeter], *, fully: bool = False
     ) -> None:
-        """Read meters of a trial, without the lock, and record what they read."""
+        """Read meters of a trial, without the lock, and record the readings."""
         for meter in meters:
             with self.lock:
                 if meter not in trial.scheduled:
@@ -387,7 +387,7 @@ class MeteringLoop:
                 sharers = 1 if tree is None else len(tree.trials)
                 meter.schedule(self.now())
             try:
-                readings = meter.read(pids, timeout=timeout)
+                readings = meter.read(pids, fully=fully)
             except Exception:
                 _logger.exception("A meter failed.")
                 continue
@@ -414,12 +414,15 @@ class MeteringLoop:
             thread.start()
             self._threads.append(thread)
 
-    def _run(self, work: Callable[[], float | None], wakeup: Wakeup) -> None:
+    def _run(self, work: Callable[[], float | None], wakeup: threading.Event) -> None:
         while not self._is_stopped:
-            wakeup.wait(work())
+            # Cleared before the work, so that a later `wake` is not lost.
+            wakeup.clear()
+            seconds = work()
+            wakeup.wait(None if seconds is None else min(seconds, threading.TIMEOUT_MAX))
 
     def stop(self) -> None:
-        """End the threads, at the interpreter's exit; one whose meter hangs is left behind."""
+        """End the threads at the interpreter's exit, except one whose meter hangs."""
         with self.lock:
             self._is_stopped = True
             self.wake()

@@ -1,4 +1,4 @@
-"""Meters of a trial besides its process tree: the protocol, users' own, processors' energy."""
+"""Meters beside the process tree: their interface, users' own meters, processor energy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,29 @@ import threading
 from typing import Literal, Protocol, runtime_checkable
 
 from optuna_quota._metering.timing import LONGEST_INTERVAL, next_due
-from optuna_quota._metering.warn import warn_once
 from optuna_quota._records import is_reserved
 from optuna_quota._resources import RESOURCES
+from optuna_quota._units import check_number
+
+
+_logger = logging.getLogger("optuna.quota.metering")
+_logged: set[str] = set()
+
+
+def log_once(subject: str, message: str, *, level: int = logging.WARNING) -> None:
+    """Log a message unless one on the same subject was logged at this level or above.
+
+    The level is INFO where no limit or quota needs the missing figure.
+    """
+    keys = {f"{at}:{subject}" for at in (logging.INFO, logging.WARNING) if at >= level}
+    if not keys & _logged:
+        _logged.add(f"{level}:{subject}")
+        _logger.log(level, message)
+
+
+def forget_warnings() -> None:
+    """Let each message of :func:`log_once` be logged again."""
+    _logged.clear()
 
 
 @runtime_checkable
@@ -69,9 +89,12 @@ def check_names(meters: Iterable[Meter]) -> tuple[Meter, ...]:
     """Check the user's own meters and return them as a tuple.
 
     Raises:
-        TypeError: If one is not a meter.
-        ValueError: If a name is no identifier, is reserved, or is used twice.
+        TypeError: If one is not a meter, or its period not a number.
+        ValueError: If a name is no identifier, is reserved, or is used twice, or a period is not
+            positive.
     """
+    if isinstance(meters, str) or not isinstance(meters, Iterable):
+        raise TypeError(f"`meters` must be a sequence of meters but got {meters!r}.")
     meters = tuple(meters)
     seen: set[str] = set()
     for meter in meters:
@@ -86,6 +109,8 @@ def check_names(meters: Iterable[Meter]) -> tuple[Meter, ...]:
                 "A meter's `name` must be an identifier other than a resource or a column of the "
                 f"trial table but got {meter.name!r}."
             )
+        period = getattr(meter, "period", LONGEST_INTERVAL)
+        check_number(period, "period", "a positive number of seconds", lambda p: p > 0)
         if meter.name in seen:
             raise ValueError(f"Meters must have different names but got {meter.name!r} twice.")
         seen.add(meter.name)
@@ -137,15 +162,18 @@ class TrialMeter(Protocol):
     period: float
     eager: bool
 
-    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
-        """Return the readings by resource, at once and without raising."""
+    def read(self, pids: Sequence[int], *, fully: bool = False) -> Mapping[str, MeterReading]:
+        """Return the readings by resource, at once and without raising.
+
+        With ``fully``, as at the end of a trial, slow readings are renewed as well.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 class CustomMeter:
-    """A user's own meter, guarded against its faults."""
+    """A user's own meter; its errors are caught."""
 
     eager = True
 
@@ -154,7 +182,7 @@ class CustomMeter:
         self._start: float | None = None
         self.period = float(getattr(meter, "period", LONGEST_INTERVAL))
 
-    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
+    def read(self, pids: Sequence[int], *, fully: bool = False) -> Mapping[str, MeterReading]:
         """Return the reading, None with one warning where the meter fails."""
         value = self._value(pids)
         if self._meter.peak or value is None:
@@ -181,7 +209,21 @@ class CustomMeter:
 
     def _warn(self, what: str) -> None:
         name = self._meter.name
-        warn_once(f"meter {name}", f"{name} is not measured while its meter fails: it {what}.")
+        log_once(f"meter {name}", f"{name} is not measured while its meter fails: it {what}.")
+
+
+def warn_of_missing(names: Iterable[str], meters: Iterable[Meter]) -> None:
+    """Warn once of each custom limit that no meter serves."""
+    for name in sorted({*names} - {meter.name for meter in meters}):
+        log_once(
+            f"meter {name}",
+            f"The limit on {name} can't be enforced: no meter has this name. Pass one to the "
+            "pruner, as `QuotaPruner(limits=…, meters=[…])`.",
+        )
+
+
+# Seconds that a full reading waits for another thread's.
+_TIMEOUT = 1.0
 
 
 class ScheduledMeter:
@@ -195,12 +237,15 @@ class ScheduledMeter:
         self._reading = threading.Lock()
         self._last: dict[str, float] = {}
 
-    def read(self, pids: Sequence[int], *, timeout: float = 0.0) -> Mapping[str, MeterReading]:
-        """Return the readings; nothing while another thread is reading for ``timeout`` seconds."""
-        if not self._reading.acquire(timeout=timeout):
+    def read(self, pids: Sequence[int], *, fully: bool = False) -> Mapping[str, MeterReading]:
+        """Return the readings; none while another thread is reading.
+
+        With ``fully``, wait for that thread for a second.
+        """
+        if not self._reading.acquire(timeout=_TIMEOUT if fully else 0.0):
             return {}
         try:
-            return self._meter.read(pids)
+            return self._meter.read(pids, fully=fully)
         finally:
             self._reading.release()
 
@@ -281,9 +326,9 @@ def _host_busy() -> float:
 class ProcessorEnergyMeter:
     """A trial's share of the energy of the host's processors, idle power included.
 
-    It is its share of the host's busy CPU time between two readings: a trial that does all the
-    work is charged all the energy. If the counters can't be read there is no amount, which is a
-    warning if the trial has a ceiling on energy.
+    The share is that of the host's busy CPU time between two readings: a trial that does all the
+    work is charged all the energy. If the counters can't be read, energy is unknown, with a
+    warning if the trial has a ceiling on it.
     """
 
     eager = False
@@ -304,14 +349,16 @@ class ProcessorEnergyMeter:
         self._last: tuple[float, float, float] | None = None
         self._joules = 0.0
 
-    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
+    def read(self, pids: Sequence[int], *, fully: bool = False) -> Mapping[str, MeterReading]:
         try:
             now = (self._open_counters().joules(), self._host_busy(), self._cpu_time() or 0.0)
         except (OSError, ValueError) as error:
             self.period = math.inf
             level = logging.WARNING if self._is_limited else logging.DEBUG
             message = f"The processors' energy is not measured: {error}."
-            warn_once("processor energy", message, level=level)
+            if self._is_limited:
+                message += " A quota on energy counts none of it: `optuna-quota doctor` says more."
+            log_once("processor energy", message, level=level)
             return {}
         before, self._last = self._last, now
         if before is None:

@@ -12,9 +12,9 @@ import time
 
 from optuna_quota._metering import timing
 from optuna_quota._metering.linux_process_tree import is_available, LinuxProcessTree
+from optuna_quota._metering.meter import log_once
+from optuna_quota._metering.monitored_trial import MonitoredTrial
 from optuna_quota._metering.process_tree import ProcessTree, PsutilProcessTree, TreeReading
-from optuna_quota._metering.trial_state import TrialState
-from optuna_quota._metering.warn import warn_once
 
 
 _logger = logging.getLogger("optuna.quota.metering")
@@ -22,7 +22,7 @@ _logger = logging.getLogger("optuna.quota.metering")
 # From a pid; and the reaper's and the number of outsiders, where there is a reaper.
 OpenTree = Callable[..., ProcessTree]
 
-# Seconds after which a trial in this process has surely not just begun, to be isolated later.
+# Seconds after which a trial in this process is no longer expected to be isolated.
 _SURELY_SHARED = 10.0
 # Seconds between readings of CPU time and peaks in a long trial without a ceiling on CPU time.
 _LONGEST_THOROUGH_INTERVAL = 1.0
@@ -44,26 +44,26 @@ def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) ->
 
 
 class MonitoredTree:
-    """A process tree and the trials that run in it: several for trials in threads."""
+    """A process tree and the trials that run in it: several if trials run in threads."""
 
     def __init__(self, reader: ProcessTree, pid: int | None, now: float) -> None:
         self.reader = reader
         self.pid = pid  # Its root, made for one trial; None for this process
         self.pids: tuple[int, ...] = ()
         self.due = now
-        self.trials: dict[TrialState, ThreadTime] = {}
+        self.trials: dict[MonitoredTrial, ThreadTime] = {}
         self._thorough_due = self._read_at = now
         self._memory: float | None = None
         self._cpu_time: float | None = None
         self._keeps_peak = False
-        # The memory up to which a quick reading has found nothing new, and no breach.
+        # The memory up to which a quick reading shows no new peak and no breach.
         self._quiet_below = -math.inf
         self._ceiling = math.inf
         self._growth = timing.ASSUMED_GROWTH
         self._period = timing.LONGEST_INTERVAL  # between samples far from any limit
 
-    def add(self, trial: TrialState, now: float, without: Collection[int]) -> None:
-        """Add a trial; trials that run in one tree at once are shared from then on."""
+    def add(self, trial: MonitoredTrial, now: float, without: Collection[int]) -> None:
+        """Add a trial; if several run in the tree at once, they are marked as shared."""
         if self.trials:
             self.read(now, without)  # what was used so far is not the new trial's
         self.trials[trial] = ThreadTime()
@@ -75,7 +75,7 @@ class MonitoredTree:
                 each.mark_shared()
                 thread.growth()  # counts from now
 
-    def _begin(self, trial: TrialState, now: float, without: Collection[int]) -> None:
+    def _begin(self, trial: MonitoredTrial, now: float, without: Collection[int]) -> None:
         """Take the first reading of a trial that is alone in the tree."""
         with contextlib.suppress(OSError):
             self.reader.reset_peak()
@@ -90,10 +90,10 @@ class MonitoredTree:
         self.update_thresholds()
 
     def sample(self, now: float, without: Collection[int]) -> bool:
-        """Measure as cheaply as possible; return whether a breach has to be looked for.
+        """Measure as cheaply as possible; return whether to check for a breach.
 
         Mostly a quick reading shows that memory is no higher than before and far from its limit,
-        so that nothing else has to be done.
+        and that is enough.
         """
         thorough, before = now >= self._thorough_due, self.pids
         reading = self._measure(without, thorough=thorough)
@@ -116,7 +116,7 @@ class MonitoredTree:
         try:
             reading = self.reader.read(thorough=thorough, without=without, ceiling=self._ceiling)
         except OSError as error:
-            warn_once(
+            log_once(
                 "trees",
                 "Memory and CPU time of trials are not known while their processes can't be "
                 f"read: {error!r}.",
@@ -127,7 +127,7 @@ class MonitoredTree:
 
     def _record(self, reading: TreeReading, now: float, *, thorough: bool) -> None:
         self._update_growth(reading.memory, now)
-        if reading.cpu_time is not None:  # what is used during a fault is counted after it
+        if reading.cpu_time is not None:  # usage during an error is counted after it
             before, self._cpu_time = self._cpu_time, reading.cpu_time
             if before is not None and reading.cpu_time > before:
                 self._apportion(reading.cpu_time - before)
@@ -147,7 +147,7 @@ class MonitoredTree:
             for trial in self.trials
             if trial.breach is None and trial.isolation != "shared"
             if (ceiling := trial.ceiling("memory")) is not None
-            # A second close look would slow down the supervisor, which has to be on time.
+            # Measuring exactly here too would delay the supervisor's own measurement.
             and ceiling != trial.supervised
         ]
         self._ceiling = min(ceilings, default=math.inf)
@@ -186,7 +186,7 @@ class MonitoredTree:
             trial.used.add("cpu_time", share)
 
     def schedule(self, now: float) -> None:
-        """Set when to measure next: the sooner, the closer a limit is."""
+        """Set when to measure next: sooner near a limit."""
         headroom = None if self._memory is None else self._ceiling - self._memory
         interval = timing.sampling_interval(headroom, self._growth, longest=self._period)
         is_regular = interval == self._period
@@ -197,17 +197,17 @@ class MonitoredTrees:
     """All process trees of a metering loop, which holds its lock meanwhile."""
 
     def __init__(self, open_tree: OpenTree) -> None:
-        # Children of this process that belong to no trial, nor do theirs.
+        # Children of this process that, with their descendants, belong to no trial.
         self.excluded_pids: set[int] = set()
         self._open_tree = open_tree
         self._trees: list[MonitoredTree] = []
-        # Kept from trial to trial: opening costs more than reading.
+        # Kept from trial to trial: opening takes longer than reading.
         self._own: ProcessTree | None = None
 
     def __iter__(self) -> Iterator[MonitoredTree]:
         return iter(self._trees)
 
-    def of(self, trial: TrialState) -> MonitoredTree | None:
+    def of(self, trial: MonitoredTrial) -> MonitoredTree | None:
         """Return the tree that a trial runs in, None without one."""
         return next((tree for tree in self._trees if trial in tree.trials), None)
 
@@ -216,21 +216,21 @@ class MonitoredTrees:
         others = [t.pid for t in self._trees if t.pid is not None and t is not tree]
         return others if tree.pid is not None else [*others, *self.excluded_pids]
 
-    def read(self, trial: TrialState, now: float) -> None:
+    def read(self, trial: MonitoredTrial, now: float) -> None:
         tree = self.of(trial)
         if tree is not None:
             tree.read(now, self.excluded(tree))
             tree.schedule(now)
 
-    def relax(self, trial: TrialState, now: float) -> None:
-        """Sample a trial with a breach no more often than others."""
+    def relax(self, trial: MonitoredTrial, now: float) -> None:
+        """Sample a trial that has a breach at the usual interval again."""
         tree = self.of(trial)
         if tree is not None:
             tree.update_thresholds()
             tree.schedule(now)
 
     def add(
-        self, trial: TrialState, pid: int | None, now: float, reader: ProcessTree | None = None
+        self, trial: MonitoredTrial, pid: int | None, now: float, reader: ProcessTree | None = None
     ) -> None:
         tree = next((t for t in self._trees if t.pid == pid), None)
         if tree is None:
@@ -241,7 +241,7 @@ class MonitoredTrees:
         tree.add(trial, now, self.excluded(tree))
         tree.schedule(now)
 
-    def remove(self, trial: TrialState) -> None:
+    def remove(self, trial: MonitoredTrial) -> None:
         tree = self.of(trial)
         if tree is None:
             return
@@ -258,11 +258,11 @@ class MonitoredTrees:
         self._trees, self._own = [], None
 
 
-def warn_of_sharing(trial: TrialState) -> None:
+def warn_of_sharing(trial: MonitoredTrial) -> None:
     """Warn, once, that a memory limit can't be enforced on trials in threads."""
     is_limited = any(trial.ceiling(name) is not None for name in ("memory", "gpu_memory"))
     if trial.isolation == "shared" and is_limited:
-        warn_once(
+        log_once(
             "shared",
             "Trials run at once in one process: their memory can't be told apart, is not "
             "recorded, and no memory limit is enforced on them. `isolated(objective)` gives "
@@ -299,8 +299,8 @@ class ThreadTime:
 def apportion(spent: float, weights: Sequence[float]) -> list[float]:
     """Split CPU-seconds of a process by weight, evenly if all weights are 0.
 
-    The weights are the CPU-seconds of each trial's own thread. What BLAS workers and other helper
-    threads used is split in proportion: the sum over trials is exact, the parts are an estimate.
+    The weights are the CPU-seconds of each trial's own thread. Those of BLAS's and other helper
+    threads are split in proportion: the sum over trials is exact, the parts are estimates.
     """
     whole = sum(weights)
     if whole <= 0:

@@ -1,16 +1,18 @@
-"""NVIDIA's management library: the only module that uses pynvml.
+"""NVIDIA's management library (NVML): the only module that uses pynvml.
 
-Everything that pynvml raises becomes a :class:`GpuError`, which has a reason in words and says
-whether it is permanent.
+All errors of pynvml become a :class:`GpuError` with a reason in words, which says whether it is
+permanent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError
 import ctypes
 from dataclasses import dataclass
 import functools
 import os
+import queue
 import sys
 import threading
 from typing import Any, TypeVar
@@ -152,9 +154,9 @@ class NvmlDevice:
 def open_devices() -> tuple[Sequence[NvmlDevice], str | None]:
     """Return all devices by their place on the PCI bus, or none and why NVML can't be used.
 
-    A failure is cached as well, since it costs 0.2 ms with a missing library and more with a
-    broken driver; as text, because the traceback of a cached exception would keep alive what the
-    frames that it passed through held, a user's model too.
+    A failure is cached as well, since it takes 0.2 ms with a missing library and longer with a
+    broken driver. It is cached as text: the traceback of an exception would keep the objects of
+    its frames alive, such as a user's model.
     """
     try:
         return _open_devices(), None
@@ -167,42 +169,77 @@ T = TypeVar("T")
 HANGS = "the driver hangs"
 # Seconds. Without its persistence mode, a driver takes one or two to start for each GPU.
 ANSWER_TIME = 10.0
-# Threads that wait for an answer which was late.
-_late: list[threading.Thread] = []
 
 
-def answer_in_time(ask: Callable[[], T], seconds: float | None = None) -> T:
-    """Ask the driver for something, and raise GpuError if it does not answer: no trial waits.
+class DriverThread:
+    """Queries the driver in a thread, since it may hang and no trial should wait for it.
 
-    Until it has answered, it is not asked again. Known answers of :func:`open_devices` need no
-    thread: most machines have no driver.
+    One thread makes all queries: starting one takes longer than a query.
+    """
+
+    def __init__(self) -> None:
+        self._questions: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]]
+        self._questions = queue.SimpleQueue()
+        self._late: Future[Any] | None = None  # A query that was not answered in time
+        self._starting = threading.Lock()
+        self._is_started = False
+
+    def start(self) -> None:
+        """Start the thread unless it runs; raises RuntimeError where none can be started."""
+        with self._starting:
+            if not self._is_started:
+                thread = threading.Thread(target=self._run, name="optuna-quota-gpu", daemon=True)
+                thread.start()
+                self._is_started = True
+
+    def ask(self, question: Callable[[], T], seconds: float) -> T:
+        if self._late is not None and not self._late.done():
+            raise GpuError(HANGS)
+        answer: Future[T] = Future()
+        self._questions.put((question, answer))
+        try:
+            return answer.result(seconds)
+        except TimeoutError:
+            if answer.done():
+                return answer.result()  # it came just now, or raises this itself
+            self._late = answer
+            raise GpuError(HANGS) from None
+
+    def _run(self) -> None:
+        while True:
+            question, answer = self._questions.get()
+            try:
+                answer.set_result(question())
+            except BaseException as error:  # noqa: BLE001 - the asking thread raises it
+                answer.set_exception(error)
+            # Keep nothing of this query alive until the next one.
+            del question, answer
+
+
+_driver_thread = DriverThread()
+
+
+def forget_driver() -> None:
+    """Discard what is known of the driver, and the thread that a fork does not have."""
+    global _driver_thread
+    _driver_thread = DriverThread()
+    open_devices.cache_clear()
+
+
+def answer_in_time(question: Callable[[], T], seconds: float | None = None) -> T:
+    """Query the driver; raise GpuError if it does not answer in time.
+
+    It is not queried again until it has answered. No thread is started if :func:`open_devices` has
+    found no driver, as on most machines.
     """
     if open_devices.cache_info().currsize and open_devices()[1] is not None:
-        return ask()
-    _late[:] = [thread for thread in _late if thread.is_alive()]
-    if _late:
-        raise GpuError(HANGS)
-    answers: list[T] = []
-    errors: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            answers.append(ask())
-        except BaseException as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-
-    thread = threading.Thread(target=wait, name="optuna-quota-gpu", daemon=True)
+        return question()
+    thread = _driver_thread
     try:
         thread.start()
     except RuntimeError:  # no further thread is allowed here
-        return ask()
-    thread.join(ANSWER_TIME if seconds is None else seconds)
-    if answers:
-        return answers[0]
-    if errors:
-        raise errors[0]
-    _late.append(thread)
-    raise GpuError(HANGS)
+        return question()
+    return thread.ask(question, ANSWER_TIME if seconds is None else seconds)
 
 
 def _open_devices() -> list[NvmlDevice]:
@@ -244,7 +281,7 @@ def _call(pynvml: Any, function: str, *arguments: Any) -> Any:
     except (pynvml.NVMLLibraryMismatchError, AttributeError) as error:
         raise GpuError(_TOO_OLD) from error
     except (OSError, ValueError, ctypes.ArgumentError, UnicodeDecodeError) as error:
-        raise GpuError(f"NVML gave an answer that can't be read ({error})") from error
+        raise GpuError(f"NVML returned an unreadable answer ({error})") from error
 
 
 def _translate(pynvml: Any, error: Any) -> GpuError:

@@ -79,7 +79,7 @@ class TreeCpuTime:
     def __init__(self) -> None:
         self.total = 0.0
         self._known: dict[Any, CpuTimes] = {}
-        # Of vanished processes that no parent inherited, less what foreign ones left.
+        # Of vanished processes that no parent inherited, minus what other trials' processes left.
         self._unaccounted = 0.0
 
     def update(self, now: Mapping[Any, CpuTimes]) -> None:
@@ -91,7 +91,7 @@ class TreeCpuTime:
                 amounts = foreign if times.foreign else vanished
                 amounts[ancestor] = amounts.get(ancestor, 0.0) + times.used
             elif now[process].foreign and not times.foreign:
-                # What it used before it became another trial's was counted, and remains so.
+                # What it used before it became another trial's stays counted.
                 self._unaccounted += times.used
         for ancestor in {**vanished, **foreign}:
             inherited = self._inherited(ancestor, now)
@@ -103,7 +103,7 @@ class TreeCpuTime:
         self.total = max(self.total, alive + self._unaccounted)
 
     def _living_ancestor(self, times: CpuTimes, now: Mapping[Any, CpuTimes]) -> Hashable | None:
-        """Return the nearest living ancestor: dead ones passed on what they inherited."""
+        """Return the nearest living ancestor: dead ones passed on inherited time."""
         parent = times.parent
         while parent is not None and parent not in now:
             parent = self._known[parent].parent if parent in self._known else None
@@ -118,11 +118,11 @@ class TreeCpuTime:
 
 # Memory that the processes of a tree share.
 
-# It is measured again when what may have become shared, or ceased to be, has changed by this part
-# of the whole.
+# It is measured again when the memory that may have become shared, or ceased to be, has changed by
+# this share of the whole.
 _CHANGED = 0.1
-# If nothing has changed by as much, it is measured again after so many seconds, unless what is
-# shared is a smaller part of the whole than this.
+# Otherwise it is measured again after this many seconds, unless the shared memory is a smaller
+# part of the whole than this.
 _LATEST = 1.0
 _NEGLIGIBLE = 0.02
 # The shortest time between two measurements, as a multiple of the CPU time that one takes: far
@@ -153,7 +153,7 @@ class InheritedPages:
     holders: float  # How many processes hold them in all, on average
 
     def part(self, outsiders: float | None = None) -> float:
-        """Return the tree's part in bytes, with so many other holders; by default as there are."""
+        """Return the tree's part in bytes, with the given or the present number of others."""
         holders = self.holders if outsiders is None else self.members + outsiders
         return self.size * self.members / max(1.0, holders)
 
@@ -161,12 +161,12 @@ class InheritedPages:
 def find_inherited(
     memories: Collection[ProcessMemory], root: ProcessMemory, supervisor: ProcessMemory
 ) -> InheritedPages:
-    """Return the pages that processes hold from before their tree (pure).
+    """Return the pages that processes hold from before their tree was forked (pure).
 
-    The kernel reports how many hold a page, but not which. The supervisor was forked from the
-    same process as the tree and hardly writes to its memory, so its common pages are those that
-    the tree began with, and show how many hold them on average. It is not used while the root is
-    alone.
+    The kernel reports how many processes hold a page, but not which. The supervisor was forked
+    from the same process as the tree and hardly writes to its memory, so its shared pages are
+    those that the tree began with, and show how many processes hold them on average. It is not
+    used while the root is alone.
     """
     if len(memories) == 1:
         return InheritedPages(root.common, 1, root.common / max(1, root.common_part))
@@ -191,7 +191,7 @@ def find_doubt(memories: Mapping[int, ProcessMemory], moved: int, ended: Collect
 
 @dataclass(frozen=True)
 class TreeMemory:
-    """What each process of a tree holds by itself, anonymous, shared and swapped, in bytes.
+    """Memory of each process of a tree: anonymous, shared and swapped, in bytes.
 
     ``shareable`` is the part of the sum that is shared memory.
     """
@@ -206,26 +206,34 @@ class TreeMemory:
 
 
 class SharedPages:
-    """What a tree's processes share, from one measurement to the next.
+    """Estimates the memory that a tree's processes share between two measurements.
 
-    In between, the memory follows from the plain sum, which costs a microsecond a process where a
-    measurement costs 0.1 ms and up to 10 ms a gigabyte. What that may miss is bounded: of a new
-    process only its growth counts, and every page that ceases to be shared, because a process
-    wrote to it, costs the writer a page fault.
+    Between measurements, memory follows from the plain sum, which takes a microsecond per process;
+    a measurement takes 0.1 ms and up to 10 ms per gigabyte. The error is bounded: of a new process
+    only its growth counts, and each page that ceases to be shared shows as a page fault, where a
+    process wrote to it, or in the size of the process that gave it up.
     """
 
     def __init__(self) -> None:
         self._excess = 0
         self._doubt = 0
         self._measured = TreeMemory({})
+        # By process: its size before the measurement, the least since, and its unshared memory.
+        self._before: Mapping[int, int] = {}
+        self._least: dict[int, int] = {}
+        self._own: dict[int, int] = {}
         self._faulted = 0
         self._new: dict[int, int] = {}
         self._at = -math.inf
         self._cost = 0.0
 
     @property
+    def is_measured(self) -> bool:
+        return self._at > -math.inf
+
+    @property
     def excess(self) -> int:
-        """What the plain sum may count too much, as last measured, in bytes."""
+        """Bytes that the plain sum counts too much, as last measured."""
         return self._excess + self._doubt
 
     def memory(self, held: TreeMemory) -> int:
@@ -235,17 +243,38 @@ class SharedPages:
         counts at once. What was added of shared memory, others may hold already.
         """
         added = max(0, held.shareable - self._measured.shareable)
-        return max(0, self.at_most(held) - self._doubt - added)
+        return max(0, self._without_new(held) - self._excess - self._doubt - added)
 
     def at_most(self, held: TreeMemory) -> int:
-        """Return an upper bound of the tree's memory: all added shared memory counts."""
+        """Return an upper bound of the tree's memory.
+
+        All added shared memory counts, and of what a process gave up, also by ending or by
+        running another program, what was not its own alone is others' now.
+        """
+        given_up = sum(
+            max(0, amount - self._own.get(pid, 0)) for pid, amount in self._given_up(held).items()
+        )
+        return self._without_new(held) - max(0, self._excess - given_up)
+
+    def _given_up(self, held: TreeMemory) -> dict[int, int]:
+        """Return the bytes that each process has released since, or during, the last measurement.
+
+        What it has taken since then is its own.
+        """
+        for pid, size in self._least.items():
+            self._least[pid] = min(size, held.sizes.get(pid, 0))
+        return {pid: self._before[pid] - size for pid, size in self._least.items()}
+
+    def _without_new(self, held: TreeMemory) -> int:
+        """Return the plain sum without what new processes began with."""
         # A fork begins with pages that were counted before: of a new process its growth counts.
         if held.sizes.keys() == self._measured.sizes.keys():
             self._new = {}
         else:
             new = held.sizes.keys() - self._measured.sizes.keys()
-            self._new = {pid: self._new.get(pid, held.sizes[pid]) for pid in new}
-        return held.total - self._excess - sum(self._new.values())
+            sizes = held.sizes
+            self._new = {pid: min(self._new.get(pid, sizes[pid]), sizes[pid]) for pid in new}
+        return held.total - sum(self._new.values())
 
     def has_new_processes(self, held: TreeMemory) -> bool:
         """Return whether there are processes that the last measurement did not include."""
@@ -259,7 +288,7 @@ class SharedPages:
         Over the ceiling there is a breach. ``faulted`` returns the bytes of the pages that the
         processes have ever faulted in.
         """
-        if not held.sizes:
+        if not held.total:
             return False
         age = (now - self._at) / self._cost if self._cost else math.inf
         if age < _VERDICT:
@@ -275,7 +304,8 @@ class SharedPages:
         if total <= ceiling and age < _FAR:
             return False
         moved = faulted() - self._faulted if self._excess else 0
-        unshared = min(self._excess, max(0, moved - max(0, total - then)))
+        given_up = sum(self._given_up(held).values())
+        unshared = min(self._excess, max(0, moved - max(0, total - then)) + given_up)
         if total - self._excess + unshared > ceiling:
             return True
         shared = abs(held.shareable - self._measured.shareable)
@@ -293,6 +323,7 @@ class SharedPages:
         now: float,
         not_counted: int = 0,
         doubt: int = 0,
+        before: Mapping[int, int] | None = None,
     ) -> float:
         """Record a measurement; return a lower bound of the tree's memory in bytes.
 
@@ -303,10 +334,15 @@ class SharedPages:
             now: The time in seconds.
             not_counted: The bytes of their sum that don't count.
             doubt: The bytes of their sum that may count twice.
+            before: The size of each process just before. They are read one by one: pages that one
+                gives up meanwhile, of which another has counted its part, are missing.
         """
         self._new = {}
         sizes = {pid: memory.held for pid, memory in memories.items()}
         self._measured = TreeMemory(sizes, sum(m.shareable for m in memories.values()))
+        self._before = {pid: max(size, (before or {}).get(pid, 0)) for pid, size in sizes.items()}
+        self._least = dict(sizes)
+        self._own = {pid: m.held - m.common - m.shareable for pid, m in memories.items()}
         proportional = sum(memory.proportional for memory in memories.values()) - not_counted
         # What was added while they were read one by one is not shared.
         self._excess = max(0, self._measured.total - proportional)

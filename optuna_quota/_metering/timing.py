@@ -1,14 +1,13 @@
-"""When to sample, and a clock that stands still while this process is stopped (Ctrl-Z, SIGSTOP).
+"""Sampling intervals, and a clock that excludes pauses of this process (Ctrl-Z, SIGSTOP).
 
 No system clock does, and the system does not report how long a process was stopped. But a thread
-that sleeps until a set time and wakes up long after it, without having run meanwhile, was kept
-from running. One that waits for the interpreter lock is woken up again and again instead.
+that wakes up long after the end of its sleep, without having run meanwhile, was stopped. One that
+waits for the interpreter lock wakes up repeatedly instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-import contextlib
 import math
 import os
 import sys
@@ -24,14 +23,14 @@ LONGEST_INTERVAL = 0.1
 LONGEST_INTERVAL_ALONE = 0.25
 SHORTEST_INTERVAL = 0.0005
 
-# Bytes a second, before any growth was seen: one thread that touches fresh pages reaches 2 to 4
-# GB/s, so that the first burst of a trial is caught in time as well.
+# Bytes per second, before any growth was seen: one thread that touches fresh pages reaches 2 to 4
+# GB/s, so that a first burst is noticed in time as well.
 ASSUMED_GROWTH = 4e9
 CORES = os.cpu_count() or 1
 
-# Seconds by which a sleep must be late to count as a pause: a busy machine delays it too.
+# Seconds of delay from which on a late wakeup counts as a pause: a busy machine delays it too.
 SHORTEST_PAUSE = 0.5
-# Seconds between wakeups of the pause detector: the most of each pause that is missed.
+# Seconds between wakeups of the pause detector; of each pause, at most as much is missed.
 _PERIOD = 0.2
 # A thread that waits for the interpreter lock wakes up once in each switch interval; this share
 # of those wakeups shows that it was not stopped.
@@ -39,10 +38,10 @@ _SHARE_OF_SWITCHES = 0.1
 
 
 def fastest_growth(known: float, seen: float) -> float:
-    """Return the fastest growth to expect, from that so far and the latest, in bytes a second.
+    """Return the fastest growth to expect, given the fastest so far and the latest, in bytes/s.
 
-    A new process brings all its memory at once: a step between two samples half a millisecond
-    apart is no rate that all cores together could sustain.
+    A new process adds all its memory at once, which looks like a rate that even all cores together
+    could not sustain.
     """
     return max(known, min(seen, ASSUMED_GROWTH * CORES))
 
@@ -50,7 +49,7 @@ def fastest_growth(known: float, seen: float) -> float:
 def sampling_interval(
     headroom: float | None, growth: float, *, longest: float = LONGEST_INTERVAL
 ) -> float:
-    """Return the seconds until a breach is possible, between the shortest interval and a longest.
+    """Return the seconds until a breach is possible, within the shortest and longest interval.
 
     The headroom is how far the usage is below its ceiling, None without one; the growth is the
     fastest to expect, in the same unit a second.
@@ -63,8 +62,7 @@ def sampling_interval(
 def next_due(due: float, now: float, period: float) -> float:
     """Return the next moment on the grid ``due + k * period`` after ``now``.
 
-    Deadlines don't drift by the time that a sample takes, and after a stall (a stopped process, a
-    suspended machine) the missed ones are skipped.
+    Deadlines don't drift by the duration of samples, and those missed during a pause are skipped.
     """
     late = now - due
     if late < 0 or period <= 0:
@@ -101,14 +99,14 @@ class RunningClock:
         return now - self.skipped
 
     def fall_asleep(self, seconds: float | None) -> None:
-        """Record that this thread sleeps so long at most; None, without end, hides a pause."""
+        """Record that this thread sleeps for at most ``seconds``; None detects no pause."""
         with self._lock:
             self._sleeper = threading.get_native_id()
             self._switches_before = self._count_switches(self._sleeper)
             self._due = math.inf if seconds is None else self._now() + seconds
 
     def wake_up(self) -> None:
-        """Record that this thread is awake: from now on delays are its own."""
+        """Record that this thread is awake: later delays are not pauses."""
         self()
         with self._lock:
             self._due = math.inf
@@ -148,7 +146,7 @@ class PauseDetector:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, now that it is needed; one call at a time."""
+        """Start or continue detecting pauses; not thread-safe."""
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, name="optuna-quota-pauses", daemon=True
@@ -182,19 +180,3 @@ def count_context_switches(thread: int) -> int | None:
         return sum(int(line.split()[1]) for line in lines)
     except (ImportError, AttributeError, OSError, ValueError, IndexError):
         return None
-
-
-class Wakeup:
-    """A flag that one thread waits for: a lock, so that waiting is one call in C."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def set(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it is set already
-            self._lock.release()
-
-    def wait(self, seconds: float | None) -> None:
-        """Wait until it is set, at most for some seconds, and clear it."""
-        self._lock.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))

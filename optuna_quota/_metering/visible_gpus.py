@@ -123,8 +123,7 @@ class VisibleGpus:
 def visible_gpus(environment: Mapping[str, str], *, within: float | None = None) -> VisibleGpus:
     """Return the GPUs that CUDA shows under these environment variables.
 
-    Raises GpuError if NVML can't be used, does not answer within so many seconds, or the variables
-    hide every GPU.
+    Raises GpuError if NVML can't be used, does not answer in time, or the variables hide all GPUs.
     """
     names = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
     values = [environment.get(name) for name in names]
@@ -134,7 +133,7 @@ def visible_gpus(environment: Mapping[str, str], *, within: float | None = None)
 def device_memory(environment: Mapping[str, str]) -> float | None:
     """Return the memory of each GPU or MIG instance that CUDA shows, in bytes.
 
-    The smallest if they differ; None if unknown, or if it is unknown which are meant.
+    The smallest if they differ; None if it is unknown, or unknown which GPUs are visible.
     """
     totals, is_resolved = _total_memories(environment)
     return min(totals) if is_resolved or len(set(totals)) == 1 else None
@@ -147,7 +146,7 @@ def total_memory(environment: Mapping[str, str]) -> float | None:
 
 
 def _total_memories(environment: Mapping[str, str]) -> tuple[list[float], bool]:
-    """Return the bytes of each GPU, and whether exactly these are shown; none if unknown."""
+    """Return the bytes of each GPU, and whether exactly these are visible; none if unknown."""
     try:
         shown = visible_gpus(environment)
         totals = answer_in_time(lambda: [float(gpu.memory()[1]) for gpu in shown.devices])
@@ -161,7 +160,7 @@ def memory_by_device(environment: Mapping[str, str]) -> dict[str, tuple[int, int
     found = {}
     with contextlib.suppress(GpuError):
         for device in visible_gpus(environment).devices:
-            # One that is lost is left out; the others have an answer.
+            # A lost GPU is left out.
             with contextlib.suppress(GpuError):
                 found[device.identity] = answer_in_time(device.memory)
     return found
@@ -252,9 +251,10 @@ def _cuda_order(order: str | None) -> Sequence[str]:
 
 
 def forget_gpus() -> None:
-    """Discard what is known of the driver's GPUs; after a fork."""
-    for cached in (_visible_gpus, _inventory, _cuda_order, nvml.open_devices):
+    """Discard the cached GPUs, after a fork."""
+    for cached in (_visible_gpus, _inventory, _cuda_order):
         cached.cache_clear()
+    nvml.forget_driver()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What ``optimize``, ``ask`` and ``tell`` of this process are doing, by frames and flags."""
+"""Finds out what ``optimize``, ``ask`` and ``tell`` are doing, by stack frames and flags."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def call_at_rank_0(trial: BaseTrial, function: Callable[[], Any]) -> Any:
     return trial._call_and_communicate_obj(function)  # type: ignore[attr-defined]
 
 
-# Frames of this thread. Optuna passes its hooks neither what they are called for nor by whom.
+# Frames of this thread: Optuna's hooks don't know what they are called for, and by whom.
 
 
 def _find_frame(name: str, module: str = _OPTIMIZE) -> FrameType | None:
@@ -112,7 +112,7 @@ def is_optimize_ending(study: Study) -> bool:
 
 
 def is_last_of_optimize() -> bool:
-    """Return whether the ``optimize`` of this thread was to end after this trial anyway.
+    """Return whether the ``optimize`` of this thread ends after this trial anyway.
 
     With ``n_jobs``, where each trial has a loop of its own, that is not known: False.
     """
@@ -129,7 +129,7 @@ def in_ask() -> bool:
 def take_another_row(study: Study) -> FrozenTrial:
     """Give the ``Trial`` that ``Study.ask`` is creating the next waiting row, or a new one.
 
-    For a row that another worker got too. ``Trial`` reads its row again after the hook.
+    Used if another worker got the same row. ``Trial`` reads its row again after the hook.
     """
     frame = _find_frame("__init__", "optuna.trial._trial")
     assert frame is not None
@@ -140,13 +140,13 @@ def take_another_row(study: Study) -> FrozenTrial:
     found: FrozenTrial = storage.get_trial(trial._trial_id)
     trial._cached_frozen_trial = found
     _logger.info(
-        f"Another worker runs the enqueued trial too; this one goes on with trial {found.number}."
+        f"Another worker was given the same enqueued trial: this one runs trial {found.number}."
     )
     return found
 
 
 def objective_error() -> BaseException | None:
-    """Return what the objective raised, inside ``after_trial``, which is not passed it."""
+    """Return the objective's error, inside ``after_trial``, which does not receive it."""
     error = _find_locals("_run_trial").get("func_err")
     return error if isinstance(error, BaseException) else None
 
@@ -200,7 +200,7 @@ def was_created_with_sampler(study: Study) -> bool:
 
 
 def misplaced(given: object) -> str:
-    """Return where what was passed as something else belongs, or nothing."""
+    """Return a hint where an argument that was passed elsewhere belongs, or ""."""
     if isinstance(given, (Limits, Quota)):
         name = type(given).__name__
         return f" Pass it as `{name.lower()}={name}(…)`."
@@ -257,17 +257,17 @@ _original_tell = _tell._tell_with_warning
 
 
 def replace_tell(study: Study, trial_id: int, replacement: TellReplacement) -> None:
-    """End a running trial by a function, in the place of ``tell``.
+    """End a running trial by a function instead of ``tell``.
 
-    What ``optimize`` stores follows from what the objective returned or raised, which is wrong for
-    a trial that is to run again.
+    ``optimize`` would store a state by what the objective returned or raised, which is wrong for a
+    trial that runs again.
     """
     _replacements[number_of(study._storage), trial_id] = replacement
     watch_tell()
 
 
 def tolerate_finished_row(study: Study, trial_id: int) -> None:
-    """Let ``optimize`` go on after a trial whose row was finished or deleted from outside.
+    """Let ``optimize`` continue after a trial whose row was finished or deleted from outside.
 
     Otherwise it ends with "Cannot tell a FAIL trial". Other callers of ``tell`` get the error.
     """
@@ -279,13 +279,13 @@ def tolerate_finished_row(study: Study, trial_id: int) -> None:
 def on_tell(listener: TellListener) -> None:
     """Call a function after each ``tell`` of this process that has ended a trial.
 
-    A tool that replaces a study's sampler leaves no other place where its trials show.
+    That is the only way to notice trials of a tool that replaces a study's sampler.
     """
     _listeners.append(listener)
 
 
 def watch_tell() -> None:
-    """See each ``tell`` of this process from now on."""
+    """Wrap Optuna's ``tell``, to observe its calls in this process."""
     for module in (_optimize, _study):
         module._tell_with_warning = _tell_or_replacement  # type: ignore[attr-defined]
 
@@ -296,14 +296,7 @@ def _tell_or_replacement(
     def tell(value: Any, state: TrialState | None) -> TellResult:
         return _original_tell(study, trial, value, state, **options)
 
-    trial_id = getattr(trial, "_trial_id", None)
-    if isinstance(trial, int):
-        # Optuna has a message of its own for a number that does not exist.
-        with contextlib.suppress(KeyError):
-            trial_id = study._storage.get_trial_id_from_study_id_trial_number(
-                study._study_id, trial
-            )
-    key: Any = (number_of(study._storage), trial_id)
+    key = _key_of_told(study, trial)
     replacement = _replacements.pop(key, None)
     # An objective may call `tell` as well, before `optimize` does.
     by_optimize = _module_of(sys._getframe(1)) == _OPTIMIZE
@@ -316,19 +309,12 @@ def _tell_or_replacement(
         else:
             result = replacement(tell, value_or_values, state)
     except (KeyError, ValueError, UpdateFinishedTrialError) as error:
-        if raised_by_constraints_func(error):
-            # The row was finished here, in spite of it.
-            raise
-        end = describe_end(study, key[1]) if is_tolerant else None
+        # After an error of `constraints_func`, the row was finished here.
+        may_go_on = is_tolerant and not raised_by_constraints_func(error)
+        end = describe_end(study, key[1]) if may_go_on else None
         if end is None:
             raise
-        # What a trial raises since its row has ended: where that is gone, storages say KeyError.
-        is_gone = isinstance(error, KeyError)
-        follows = (UpdateFinishedTrialError, KeyError) if is_gone else UpdateFinishedTrialError
-        if state == TrialState.PRUNED or isinstance(objective_error(), follows):
-            # For a failed trial, `optimize` would raise it.
-            return TrialState.PRUNED, None, None
-        return TrialState.FAIL, None, end
+        return _result_of_finished_row(end, state, error)
     except Exception as error:
         if by_optimize:
             end = f"value {value_or_values!r}" if state is None else f"state {state.name}"
@@ -339,3 +325,25 @@ def _tell_or_replacement(
     for listener in _listeners:
         listener(study, key[1])
     return result
+
+
+def _key_of_told(study: Study, trial: Any) -> Any:
+    trial_id = getattr(trial, "_trial_id", None)
+    if isinstance(trial, int):
+        # Optuna has a message of its own for a number that does not exist.
+        with contextlib.suppress(KeyError):
+            trial_id = study._storage.get_trial_id_from_study_id_trial_number(
+                study._study_id, trial
+            )
+    return number_of(study._storage), trial_id
+
+
+def _result_of_finished_row(end: str, state: TrialState | None, error: Exception) -> TellResult:
+    """Return a result with which ``optimize`` continues after a row finished from outside."""
+    # Errors of a trial whose row has ended; KeyError if the row was deleted.
+    is_gone = isinstance(error, KeyError)
+    follows = (UpdateFinishedTrialError, KeyError) if is_gone else UpdateFinishedTrialError
+    if state == TrialState.PRUNED or isinstance(objective_error(), follows):
+        # For a failed trial, `optimize` would raise it.
+        return TrialState.PRUNED, None, None
+    return TrialState.FAIL, None, end

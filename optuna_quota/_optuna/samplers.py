@@ -52,7 +52,7 @@ def constraints_of(trial: FrozenTrial) -> dict[str, float]:
 
 
 def feasible_attributes(existing: Mapping[str, Any]) -> dict[str, Any]:
-    """Return system attributes to add to a completed trial's, by which it counts as feasible."""
+    """Return system attributes that make a completed trial feasible."""
     return {} if _BY_KEY or CONSTRAINTS in existing else {CONSTRAINTS: []}
 
 
@@ -123,10 +123,10 @@ def learn_constraints(
     *,
     limited: Callable[[], bool],
 ) -> Iterator[Study]:
-    """Return a view of a study from which samplers of a trial learn the constraints of others.
+    """Return a view of a study in which its sampler sees constraints of other trials.
 
-    ``constrain`` is None for those in the rows. Without limits now (``limited``), samplers of
-    Optuna 4 are not to know of constraints.
+    With ``constrain`` None, those in the rows. Without limits now (``limited``), samplers of
+    Optuna 4 see no constraints.
     """
     study = skip_empty_rows(study, samplers, trial)
     if _BY_KEY:
@@ -144,9 +144,9 @@ _readers_lock = threading.Lock()
 
 @contextlib.contextmanager
 def _reading_rows(samplers: Sequence[BaseSampler]) -> Iterator[None]:
-    """Have samplers of Optuna 4 read the constraints in the rows, in all threads meanwhile.
+    """Within the block, make samplers of Optuna 4 read the constraints in the rows.
 
-    Outside of this they are as the user made them, for studies without limits.
+    In all threads. Outside of the block they are as the user created them, for other studies.
     """
     with _readers_lock:
         for sampler in samplers:
@@ -180,8 +180,8 @@ def skip_empty_rows(study: Study, samplers: Sequence[BaseSampler], trial: Frozen
     """Return a view of a study without other rows that ended before they had parameters.
 
     BruteForceSampler takes such a row, of a refused or crashed trial, for the only leaf of its
-    tree: it ends the search, or raises. So an objective that always fails before its first suggest
-    does not end the study by itself any more. For other samplers, this is the study itself.
+    tree, and ends the search or raises. (So an objective that always fails before its first
+    suggest no longer ends the study.) For other samplers, this is the study itself.
     """
     is_tree = any(isinstance(each, BruteForceSampler) for each in samplers)
     if not is_tree:
@@ -195,7 +195,7 @@ def is_empty_row(trial: FrozenTrial, state: TrialState) -> bool:
 
 
 class _View:
-    """Has the attributes of what it is a view of, and some of its own."""
+    """Has the attributes of the object that it is a view of, and some of its own."""
 
     def __init__(self, viewed: Any) -> None:
         self._viewed = viewed
@@ -327,7 +327,7 @@ def partial_fixed_params(sampler: BaseSampler) -> dict[str, Any]:
 
 
 def needs_drawn_point(sampler: BaseSampler) -> bool:
-    """Return whether a sampler learns from the point it drew, whatever the trial ran with.
+    """Return whether a sampler learns from the point that it drew, even if another one ran.
 
     CMA-ES with margin keeps the continuous point that it drew in the row.
     """

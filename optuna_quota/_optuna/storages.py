@@ -1,4 +1,4 @@
-"""Private parts of studies, rows and storages, and writes that Optuna's storages can't do."""
+"""Private parts of studies, rows and storages, and writes that Optuna's storages lack."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def number_of(storage: BaseStorage) -> int:
 
 
 def address_of(storage: BaseStorage) -> str:
-    """Return what is the same for all objects of one storage in a process, as far as known."""
+    """Return an address that all storage objects on one database share, where known."""
     engine = _engine_of(storage)
     path = getattr(getattr(storage, "_backend", None), "_file_path", None)
     if path is not None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna_quota._html import element, table
 from optuna_quota._limits import Strategy
 from optuna_quota._resources import format_amount, get_resource
-from optuna_quota._table import float_frame
+from optuna_quota._table import DataFrame, float_frame
 from optuna_quota._units import counted
-
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 COLUMNS = ("resource", "at least", "median", "at most", "quota", "probability")
@@ -103,7 +99,7 @@ class Projection:
         rows = [row for row in self.resources if probability_of(row) < self.confidence]
         if rows or self.fits:
             return tuple(sorted(rows, key=probability_of))
-        # Each fits alone, but not all together: the least probable one counts.
+        # If each fits alone, but not all together, the least probable one counts.
         return (min(self.resources, key=probability_of),)
 
     @property
@@ -112,7 +108,7 @@ class Projection:
         return tuple(r for r in self.resources if r.quota and r.probability is None)
 
     def verdict(self, fits: str, unfit: str) -> str:
-        """Return the word for whether it fits; not more than is known."""
+        """Return whether it fits as a word, qualified if some usage is unknown."""
         if not self.fits or not self.not_judged:
             return fits if self.fits else unfit
         return f"{fits} as far as known"
@@ -126,9 +122,10 @@ class Projection:
 
     def _conclusion(self) -> str:
         verdict = self.verdict("fits its quota", "does not fit its quota")
+        trials = describe_strategy(self.strategy, _trial_noun(self))
         return (
-            f"A strategy of {describe_strategy(self.strategy)} {verdict}: probability "
-            f"{describe_probability(self)}, {format_probability(self.confidence)} required."
+            f"A strategy of {trials} {verdict}: probability {describe_probability(self)}, "
+            f"{format_probability(self.confidence)} required."
         )
 
     def _repr_html_(self) -> str:
@@ -140,7 +137,7 @@ class Projection:
 
 
 def describe_resource(row: ProjectedResource) -> tuple[str, ...]:
-    """Return a row as text by :data:`COLUMNS`; what is unknown is empty."""
+    """Return a row as text by :data:`COLUMNS`; unknown cells are empty."""
     amounts = (row.lower, row.median, row.upper, row.quota)
     return (
         get_resource(row.resource).title,
@@ -149,19 +146,25 @@ def describe_resource(row: ProjectedResource) -> tuple[str, ...]:
     )
 
 
-def describe_strategy(strategy: Strategy) -> str:
-    trials = counted(strategy.n_trials, "trial")
+def _trial_noun(projection: Projection) -> str:
+    have_run = any(row.resource == "n_trials" and row.used > 0 for row in projection.resources)
+    return "further trial" if have_run else "trial"
+
+
+def describe_strategy(strategy: Strategy, noun: str = "trial") -> str:
+    trials = counted(strategy.n_trials, noun)
     return trials if strategy.n_jobs == 1 else f"{trials} with {strategy.n_jobs} at once"
 
 
 def describe_nearest(projection: Projection) -> str:
-    """Return what the nearest strategy that fits has less of than the projected one."""
+    """Return how the nearest strategy that fits differs from the projected one."""
     nearest, asked = projection.nearest, projection.strategy
     if nearest is None:
         return "No smaller strategy would fit."
     parts = []
     if nearest.n_trials != asked.n_trials:
-        parts.append(f"{counted(nearest.n_trials, 'trial')} instead of {asked.n_trials:,}")
+        trials = counted(nearest.n_trials, _trial_noun(projection))
+        parts.append(f"{trials} instead of {asked.n_trials:,}")
     if nearest.n_jobs != asked.n_jobs:
         parts.append(f"{nearest.n_jobs} at once instead of {asked.n_jobs}")
     before: dict[str, Any] = dict(asked.search_space or {})
@@ -175,7 +178,7 @@ def describe_nearest(projection: Projection) -> str:
 
 
 def describe_probability(projection: Projection) -> str:
-    """Return the probability that it fits, and what could not be judged."""
+    """Return the probability that it fits, and resources that were not judged, as text."""
     unknown = [get_resource(row.resource).title for row in projection.not_judged]
     if not unknown:
         return format_probability(projection.probability)

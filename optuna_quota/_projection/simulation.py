@@ -16,12 +16,13 @@ from optuna_quota._footprint.user_given import as_footprint, count_within
 from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering.breach import quota_bound
 from optuna_quota._projection.projection import probability_of, ProjectedResource, Projection
-from optuna_quota._resources import get_resource, HELD_RESOURCES, TOTAL_RESOURCES
+from optuna_quota._resources import get_resource, HELD_RESOURCES, RESOURCES, TOTAL_RESOURCES
+from optuna_quota._units import check_confidence, check_mapping, NUMBER
 
 
 _DRAWS = 400
 _POOL_SIZE = 256
-# Of a pool whose usage takes longer to compute, so many points are drawn from, but at least these.
+# Limit on computing the usage of a pool of points, and the least number of points.
 _SECONDS = 2.0
 _MIN_POINTS = 16
 # Longer strategies are simulated with this many trials, and their totals scaled.
@@ -72,11 +73,25 @@ def project(
     Raises:
         TypeError: If ``footprint`` is none of these.
         ValueError: If there is no point to project: neither a search space nor a footprint with
-            points.
+            points. If ``confidence`` is not above 0.5 and below 1.
     """
+    quota = Quota() if quota is None else quota
+    limits = Limits() if limits is None else limits
+    given = ("strategy", strategy, Strategy), ("quota", quota, Quota), ("limits", limits, Limits)
+    for name, value, kind in given:
+        if not isinstance(value, kind):
+            raise TypeError(f"`{name}` must be a {kind.__name__} but got {value!r}.")
+    known = {} if used is None else used
+    check_mapping(known, "used", "names of resources to amounts")
+    for name, amount in known.items():
+        if name not in RESOURCES:
+            raise ValueError(f"`used` must be of {', '.join(RESOURCES)} but got {name!r}.")
+        NUMBER.parse(amount, f"used[{name!r}]", zero=True)
+    if points is not None and not all(isinstance(each, Mapping) for each in points):
+        raise TypeError(f"`points` must be mappings of parameters to values but got {points!r}.")
+    check_confidence(confidence)
     expected = as_footprint(footprint)
-    quota, limits = quota or Quota(), limits or Limits()
-    plan = _Plan(strategy, expected, quota, limits, dict(used or {}), points, seed)
+    plan = _Plan(strategy, expected, quota, limits, dict(known), points, seed)
     simulation = plan.simulate()
     final = {name: each[:, -1] for name, each in simulation.cumulative.items()}
     rows = _projected(final, plan.used, quota, confidence)
@@ -108,6 +123,9 @@ def _projected(
             low, middle, high = np.quantile(ends, [1 - confidence, 0.5, confidence]).tolist()
             fits = None if most is None else float((ends <= quota_bound(most)).mean())
         before = used.get(name, 0.0)
+        if fits is None and most is not None and before > quota_bound(most):
+            # Even if the rest uses nothing.
+            fits = 0.0
         rows.append(ProjectedResource(name, before, low, middle, high, most, fits))
     return tuple(rows)
 
@@ -147,19 +165,21 @@ class _Plan:
         # The pool is in random order.
         pool = pool if affordable >= len(pool) else pool[: max(_MIN_POINTS, int(affordable))]
         length = min(self.strategy.n_trials, _MAX_TRIALS)
-        count = int(min(_DRAWS, max(_MAX_CELLS // length, 50)))
-        # At the machine's mean speed over the whole strategy: where it has become slower, a total
-        # after the first few of many trials is too small.
+        # Each trial searches all blocks of workers, and one block: see `_schedule`.
+        looks = max(1, math.isqrt(self.strategy.n_jobs) // 8)
+        count = int(min(_DRAWS, max(_MAX_CELLS // (length * looks), 50)))
+        # At the machine's mean speed over the whole strategy: if the machine has become slower,
+        # totals after the first few trials are too small.
         found = self.footprint.draw(pool, count, self.seed, self.strategy.n_trials)
         # Unknown usage counts as none: it breaches nothing and has no price.
         drawn = {name: np.where(np.isnan(each), 0.0, each) for name, each in found.items()}
-        # Which points come is random, and makes up half of the spread of a total, unless each of
-        # them comes once.
+        # Which points are drawn is random, which makes up half of the spread of a total, unless
+        # each is drawn once.
         generator = np.random.default_rng([self.seed, 3])
         if len(self.points or ()) == len(pool) == length == self.strategy.n_trials:
             picks = generator.permuted(np.tile(np.arange(length), (count, 1)), axis=1)
         else:
-            # Trial by trial, so that a strategy of fewer trials starts with the very same points.
+            # Trial by trial, so that a strategy of fewer trials has the same first points.
             picks = generator.integers(len(pool), size=(length, count)).T
         usage = {name: np.take_along_axis(each, picks, axis=1) for name, each in drawn.items()}
         stopped = _terminate(usage, self.limits)
@@ -178,8 +198,8 @@ class _Simulation:
         """Return the probability that every quota holds after each trial."""
         fits = np.ones(next(iter(self.cumulative.values())).shape, dtype=bool)
         for name, quota in self.plan.quota.amounts().items():
-            if name in self.cumulative:
-                fits &= self.cumulative[name] <= quota_bound(quota)
+            at_least = self.cumulative.get(name, self.plan.used.get(name, 0.0))
+            fits &= at_least <= quota_bound(quota)
         return np.asarray(fits.mean(axis=0))
 
     @property
@@ -189,8 +209,13 @@ class _Simulation:
     def max_trials(self, confidence: float) -> int:
         """Return how many trials of the strategy fit with a confidence."""
         enough = self.fits_after() >= confidence
-        n, asked = int(np.sum(np.cumprod(enough))), self.plan.strategy.n_trials
-        return n if len(enough) == asked else math.floor(n * asked / len(enough))
+        n, asked = int(np.sum(np.cumprod(enough))), self.plan.strategy
+        found = math.floor(n * asked.n_trials / len(enough))
+        if asked.n_trials > len(enough) >= found:
+            # Few trials are not scaled: each simulated trial stood for several.
+            fewer = replace(asked, n_trials=len(enough))
+            return replace(self.plan, strategy=fewer).simulate().max_trials(confidence)
+        return found
 
     def scarcest(self) -> str:
         """Return the resource that is furthest over its quota, as a ratio of medians."""
@@ -205,8 +230,8 @@ class _Simulation:
 def _terminate(usage: Mapping[str, np.ndarray], limits: Limits) -> dict[str, np.ndarray]:
     """Return what trials use when each is terminated at the limit that it reaches first.
 
-    As in a replay, all totals grow evenly over a trial, so that they stop together. When a trial
-    had its peaks is unknown, so a breach of one stops nothing else.
+    As in a replay, all totals grow evenly over a trial, so they stop together. When a peak occurs
+    is unknown, so a breach of a peak does not reduce other usage.
     """
     found = dict(usage)
     totals = [name for name in found if not get_resource(name).peak]
@@ -260,23 +285,34 @@ def _schedule(
     Returns when all trials so far have ended, and the largest sum held at one moment so far.
     """
     count, length = durations.shape
-    rows = np.arange(count)
-    free_at = np.zeros((count, min(n_jobs, length)))
+    n_workers = min(n_jobs, length)
+    # In blocks, so that a trial does not search all of thousands of workers.
+    size = math.isqrt(n_workers - 1) + 1
+    n_blocks = -(-n_workers // size)
+    free_at = np.zeros((count, n_blocks, size))
+    free_at.reshape(count, -1)[:, n_workers:] = math.inf
+    soonest = np.zeros((count, n_blocks))
     holding = {name: np.zeros(free_at.shape) for name in held}
+    block_sums = {name: np.zeros(soonest.shape) for name in held}
     ends = np.zeros(durations.shape)
     sums = {name: np.zeros(durations.shape) for name in held}
+    rows = np.arange(count)
     for trial in range(length):
-        worker = np.argmin(free_at, axis=1)
-        free_at[rows, worker] += durations[:, trial]
-        ends[:, trial] = free_at.max(axis=1)
+        block = np.argmin(soonest, axis=1)
+        worker = np.argmin(free_at[rows, block], axis=1)
+        free_at[rows, block, worker] += durations[:, trial]
+        ends[:, trial] = free_at[rows, block, worker]
+        soonest[rows, block] = free_at[rows, block].min(axis=1)
         for name, amounts in held.items():
-            holding[name][rows, worker] = amounts[:, trial]
-            sums[name][:, trial] = holding[name].sum(axis=1)
-    return ends, {name: np.maximum.accumulate(each, axis=1) for name, each in sums.items()}
+            holding[name][rows, block, worker] = amounts[:, trial]
+            block_sums[name][rows, block] = holding[name][rows, block].sum(axis=1)
+            sums[name][:, trial] = block_sums[name].sum(axis=1)
+    latest = np.maximum.accumulate(ends, axis=1)
+    return latest, {name: np.maximum.accumulate(each, axis=1) for name, each in sums.items()}
 
 
 def _nearest_strategy(simulation: _Simulation, confidence: float) -> Strategy | None:
-    """Return the strategy that keeps most: fewer at once, else fewer trials or a smaller range."""
+    """Return the nearest strategy: fewer jobs, else fewer trials or a smaller range."""
     plan, asked = simulation.plan, simulation.plan.strategy
     options: list[tuple[float, Strategy]] = []
 
@@ -298,7 +334,7 @@ def _nearest_strategy(simulation: _Simulation, confidence: float) -> Strategy | 
             n_fit = bisect(counts, False, lo=1, key=lambda n: max_trials(n) < asked.n_trials)
             return replace(asked, n_jobs=counts[n_fit - 1])
         if n_trials >= 1:
-            # Fewer at once cost some time, but lose no trial.
+            # Fewer jobs take longer, but lose no trial.
             kept = n_trials / asked.n_trials - 0.02 * (1 - n_jobs / asked.n_jobs)
             options.append((kept, replace(asked, n_jobs=n_jobs, n_trials=n_trials)))
         too_many = n_jobs

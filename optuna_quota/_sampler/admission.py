@@ -1,4 +1,4 @@
-"""Admits a point or refuses it, by the probability of a breach; finds the nearest admitted one."""
+"""Admits or refuses a point by its probability of a breach, and finds the nearest admitted one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from optuna_quota._limits import Limits
 from optuna_quota._resources import ceiling_title, format_amount
 
 
-# Completions of a point while no trial has completed: corners of the space and points within it,
-# fewer with a user's function that takes longer for them.
+# Completions of a point while no trial has completed: corners of the space and points inside it;
+# fewer if a user's function takes longer than these seconds.
 _N_CORNERS = 16
 _N_WITHIN = 16
 _SECONDS = 1.0
@@ -26,14 +26,14 @@ _SECONDS = 1.0
 _RADII = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
 _POINTS_PER_RADIUS = 48
 _LINE_STEPS = 16
-# For a search with a user's function that is slow: fewer points are tried then.
+# Limit on the search with a slow user's function.
 _SEARCH_SECONDS = 2.0
 # Share of the threshold that a replacement should stay under.
 _MARGIN = 0.5
 
 
 def is_audit_due(refusals: int, audits: int, share: float) -> bool:
-    """Return whether to run a share of the refused points, so that a wrong refusal is found."""
+    """Return whether to run this refused point as an audit, which detects wrong refusals."""
     return audits + 0.5 < share * refusals
 
 
@@ -52,7 +52,7 @@ class PointVerdict:
 class PointAdmission:
     """Decides which points one trial may run, by the probability of a breach.
 
-    The upper bound of the usage would refuse half of the points that fit.
+    Comparing the upper bound with the limit instead would refuse half of the points that fit.
     """
 
     expected: BaseFootprint
@@ -71,18 +71,18 @@ class PointAdmission:
     left: Mapping[str, float] = field(default_factory=dict)
 
     def common_space(self) -> dict[str, BaseDistribution]:
-        """Return the parameters that all earlier trials had alike, in the order of suggestion."""
+        """Return the parameters that all earlier trials had in common, in order of suggestion."""
         if not self.past:
             return {}
         names = set(self.past[-1]).intersection(*self.past) - self.varying
         return {name: self.space[name] for name in self.past[-1] if name in names}
 
     def judge(self, known: Mapping[str, Any]) -> PointVerdict:
-        """Return whether a point may run, whatever its missing parameters will be.
+        """Return whether a point, complete or partial, may run.
 
-        A partial point is refused only if its cheapest completion would be. A point that can't be
-        judged is admitted: a user's function is called with complete points only, and the first
-        trials show which points are complete.
+        A partial point is refused only if its cheapest completion is. A point that can't be judged
+        is admitted: a user's function is called with complete points only, and the first trials
+        show which points are complete.
         """
         points = self.completions(known)
         probabilities = self._breach_probabilities(points)
@@ -107,7 +107,7 @@ class PointAdmission:
         return np.array([min(found, default=np.nan) for found in each])
 
     def _breach_probabilities(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Return the same of complete points."""
+        """Return :meth:`breach_probabilities` of complete points."""
         try:
             breaches = self.expected.breaches(points, self.limits) if points else {}
         except KeyError:
@@ -116,7 +116,7 @@ class PointAdmission:
         return np.array([joint_breach(one) for one in each])
 
     def completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Return complete points that a partial one may become, none where that is unknown."""
+        """Return possible completions of a partial point, none if unknown."""
         if self.complete is None:
             return search_space.likely_completions(known, self.past)
         if self.declared and self.declared <= known.keys():
@@ -125,9 +125,9 @@ class PointAdmission:
         return found or self._stated_completions(known)
 
     def _stated_completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Return completions all over the stated space, its corners among them.
+        """Return completions spread over the stated space, including its corners.
 
-        Several, as a parameter may fit with certain values of others only.
+        Several, as a value may fit only in combination with certain others.
         """
         missing = {name: each for name, each in self.stated_space.items() if name not in known}
         if not missing:
@@ -148,7 +148,7 @@ class PointAdmission:
     ) -> tuple[Mapping[str, Any], float]:
         """Minimize the probability of a breach over the missing parameters, one by one.
 
-        Earlier trials may not have had the value that would fit.
+        The values that fit may be missing from earlier trials.
         """
         space = {**self.stated_space, **self.space}
         for name in point:
@@ -188,9 +188,9 @@ def nearest_admitted(
     """Return the nearest admitted point that a random search finds, None if it finds none.
 
     Random points are tried at growing distances, each parameter on the scale of its distribution,
-    then the line to the nearest admitted one. The nearest points of all are at the threshold and
-    would breach as often as it allows, so one at half of it is preferred. Parameters of ``space``
-    may change, those with a ``fixed`` value may not.
+    then the line to the nearest admitted one. A point at the threshold would breach as often as
+    that allows, so a point at half of it is preferred. Parameters of ``space`` may change, those
+    with a ``fixed`` value may not.
     """
     free = {n: d for n, d in space.items() if n in point and n not in fixed and not d.single()}
     if not free:
@@ -215,7 +215,7 @@ def nearest_admitted(
 
 
 class _Search:
-    """Points around a refused one, as places in the unit cube of the free parameters."""
+    """Points around a refused one, in the unit cube of the free parameters."""
 
     def __init__(
         self,

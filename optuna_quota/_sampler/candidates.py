@@ -1,11 +1,11 @@
 """Filters the points that the base sampler draws: admitted, replaced, or rejected.
 
-What replaces a refused point was measured, see ``benchmarks/point_admission.py``. With the nearest
-admitted point TPE wastes less than with another draw, and NSGA-II finds more, both beyond the
-noise of the seeds; neither is worse beyond it. A random search also wastes less and finds more
-with it, but is no longer random, so it draws again; so do samplers that were not compared.
-GPSampler returns the same point after a tenth of a second when asked again. GridSampler and
-BruteForceSampler enumerate points, and count one as visited when its trial ends.
+The replacement of a refused point was chosen by ``benchmarks/point_admission.py``. With the
+nearest admitted point instead of another draw, TPE wastes significantly less and NSGA-II finds
+significantly more, and neither is significantly worse. A random search also gains, but is no
+longer random, so it draws again; so do samplers that were not compared. GPSampler returns the same
+point when asked again. GridSampler and BruteForceSampler enumerate points, and count a point as
+visited when its trial ends.
 """
 
 from __future__ import annotations
@@ -49,8 +49,15 @@ _TAKING_NEAREST = (
     samplers.NSGAIIISampler,
     samplers.GPSampler,
 )
-# Share of the refused points that is run under the hard limit where trials are isolated.
+# Share of the refused points that is run under the hard limit if trials are isolated.
 _AUDIT_SHARE = 0.05
+# What was done about a refused point, in its row and in the log.
+_ACTIONS = {
+    "redrawn": "another one was drawn",
+    "moved": "the nearest that fits runs instead",
+    "audited": "it runs all the same, to check that",
+    "rejected": "the trial does not run",
+}
 _MAX_REDRAWS = 16
 _MAX_PARAM_REDRAWS = 8
 
@@ -69,10 +76,12 @@ def enumerates_points(sampler: samplers.BaseSampler) -> bool:
 
 
 @dataclass
-class _TrialState:
+class _TrialPoint:
     forecast: Forecast = field(default_factory=Forecast)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
     base_space: dict[str, BaseDistribution] = field(default_factory=dict)
+    common: dict[str, BaseDistribution] = field(default_factory=dict)
     space: dict[str, BaseDistribution] = field(default_factory=dict)
     drawn: dict[str, Any] = field(default_factory=dict)
     rejected: PointVerdict | None = None
@@ -92,8 +101,8 @@ class _TrialState:
 class CandidateFilter:
     """Filters the points of one study in this process."""
 
-    def __init__(self, options: SamplerOptions, ranking: Ranking | None = None) -> None:
-        self.footprint = StudyFootprint(options)  # What its trials are expected to use
+    def __init__(self, options: SamplerOptions, ranking: Ranking | None) -> None:
+        self.footprint = StudyFootprint(options)  # The expected usage of its trials
         self._ranking = ranking
         self._base, self._audits = options.base_sampler, options.audits
         kind = _optuna.unwrap_partial_fixed(self._base)
@@ -103,7 +112,7 @@ class CandidateFilter:
         self._keeps_point = _optuna.needs_drawn_point(kind)
         # BruteForceSampler treats an incomplete point as a leaf of its tree.
         self._needs_complete_points = isinstance(kind, samplers.BruteForceSampler)
-        self._trials: dict[int, _TrialState] = {}
+        self._trials: dict[int, _TrialPoint] = {}
         self._lock = threading.Lock()
         self._n_refusals = self._n_audits = 0
         self._logged = False
@@ -118,19 +127,19 @@ class CandidateFilter:
         left: Mapping[str, float],
         totals: Mapping[str, float],
     ) -> None:
-        """Start a trial; one that was enqueued with all its parameters is judged here.
+        """Start a trial; a point that was enqueued completely is judged here.
 
-        ``totals`` is what is left for it of the study's totals, ``left`` the same near their end.
+        ``totals`` is what is left of the study's totals, ``left`` the same near their end.
         """
-        forecast = self.footprint.forecast(trials, limits.tightened(left)).within(left)
+        forecast = self.footprint.forecast(trials, limits, left)
         enqueued = _optuna.fixed_params_of(trial)
-        # A PartialFixedSampler may stand inside of ours or around it.
+        # A PartialFixedSampler may be inside of ours or around it.
         fixed = {
             **_optuna.partial_fixed_params(self._base),
             **_optuna.partial_fixed_params(study.sampler),
             **enqueued,
         }
-        state = _TrialState(forecast, fixed)
+        state = _TrialPoint(forecast, fixed, limits)
         self._trials[_optuna.trial_id_of(trial)] = state
         if self._ranking is not None:
             state.ranked = self._ranking.begin(trials, forecast.at_points, totals, fixed)
@@ -138,7 +147,7 @@ class CandidateFilter:
         if admission is None or not fixed:
             return
         if enqueued and admission.complete is not None:
-            # For the first trials, and where a completed one had the same parameters, it has all.
+            # Complete for the first trials, and if a completed trial had the same parameters.
             known = [point.keys() for point in admission.complete]
             if not known or enqueued.keys() in known:
                 admission = replace(admission, declared=frozenset(enqueued))
@@ -156,30 +165,32 @@ class CandidateFilter:
         _optuna.raise_on_next_suggest(trial, reject)
 
     def bounds_at(
-        self, trial: FrozenTrial, drawn: Mapping[str, Any]
+        self, trial: FrozenTrial, drawn: Mapping[str, Any], *, is_complete: bool = False
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Return upper bounds of a trial's usage at its point, and what to reserve of totals.
 
-        Both are empty until its point is complete, the latter also while much is left.
+        Both are empty until the point is complete, the latter also where nothing is reserved.
         """
         state = self._state(trial)
         point = {**state.drawn, **trial.params, **drawn, **state.fixed}
-        bounds = self.footprint.bounds_at(state.forecast, point)
-        if not bounds or not self.is_near_end(trial):
+        bounds = self.footprint.bounds_at(state.forecast, point, is_complete=is_complete)
+        if not bounds or not self.reserves(trial):
             return bounds, {}
         return bounds, self.footprint.needs_at(state.forecast, point)
 
-    def is_near_end(self, trial: FrozenTrial) -> bool:
-        """Return whether a trial's point is judged by what is left of the study's totals."""
+    def reserves(self, trial: FrozenTrial) -> bool:
+        """Return whether a trial reserves what its point needs of the study's totals."""
         admission = self._state(trial).admission
-        return admission is not None and bool(admission.left)
+        # A learned footprint takes longer to compute, so it is only asked near the totals' end.
+        return self.footprint.given is not None or (admission is not None and bool(admission.left))
 
     def set_left(self, study: Study, trial: FrozenTrial, left: Mapping[str, float]) -> None:
-        """Judge the point of a trial anew by what is left of the study's totals."""
+        """Judge the point of a trial again, by what is left of the study's totals."""
         state = self._state(trial)
-        state.forecast, state.drawn = state.forecast.within(left), {}
+        trials = study.get_trials(deepcopy=False)
+        state.forecast, state.drawn = self.footprint.forecast(trials, state.limits, left), {}
         if state.is_audit:
-            # The refused point does not run after all.
+            # An audit of a refused point is dropped.
             state.is_audit = False
             with self._lock:
                 self._n_refusals -= 1
@@ -190,23 +201,24 @@ class CandidateFilter:
     def relative_space(
         self, trial: FrozenTrial, space: dict[str, BaseDistribution]
     ) -> dict[str, BaseDistribution]:
-        """Return the parameters to draw at once: the base sampler's, and those of all trials.
+        """Return the parameters to draw together: the base sampler's, and those of all trials.
 
-        A point is judged as a whole, so what the base sampler would draw one by one is drawn
-        before.
+        A point is judged as a whole, so parameters that the base sampler would draw one by one are
+        drawn in advance.
         """
         state = self._state(trial)
         state.base_space = space
-        common = {} if state.ranked is None else dict(state.ranked.space)
-        if state.admission is not None and self._replacement != "skip":
-            common |= state.admission.common_space()
-        more = {n: each for n, each in common.items() if n not in space and not each.single()}
+        ranked = {} if state.ranked is None else state.ranked.space
+        common = {} if state.admission is None else state.admission.common_space()
+        state.common = {**common, **ranked}
+        added = {**({} if self._replacement == "skip" else common), **ranked}.items()
+        more = {n: each for n, each in added if n not in space and not each.single()}
         return {**space, **more}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return an admitted point of the space; raise TrialRejected if there is none."""
+        """Return an admitted point; raise TrialRejected if there is none."""
         state = self._state(trial)
         admission = state.admission
         if not space or (admission is None and state.ranked is None):
@@ -232,7 +244,7 @@ class CandidateFilter:
     def sample_independent(
         self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
     ) -> Any:
-        """Return a value with which the point is admitted; raise TrialRejected without any."""
+        """Return a value with which the point is admitted; raise TrialRejected if none is."""
 
         def draw() -> Any:
             return self._base.sample_independent(study, trial, name, distribution)
@@ -267,7 +279,7 @@ class CandidateFilter:
     def finish(
         self, trial: FrozenTrial, *, completed: bool
     ) -> tuple[PointVerdict | None, dict[str, Interval], dict[str, float]]:
-        """Forget a trial; return its rejection, projected usage, and the medians if rejected."""
+        """Remove a trial; return its rejection, projected usage, and the medians if rejected."""
         state = self._trials.pop(_optuna.trial_id_of(trial), None)
         if state is None or state.forecast.expected is None:
             return None, {}, {}
@@ -284,12 +296,12 @@ class CandidateFilter:
             medians.setdefault(state.rejected.resource, state.rejected.median)
         return state.rejected, dict(intervals), medians
 
-    def _state(self, trial: FrozenTrial) -> _TrialState:
+    def _state(self, trial: FrozenTrial) -> _TrialPoint:
         # Another process may have asked for the trial, or it began before the sampler was copied.
-        return self._trials.setdefault(_optuna.trial_id_of(trial), _TrialState())
+        return self._trials.setdefault(_optuna.trial_id_of(trial), _TrialPoint())
 
     def _can_reject(self, admission: PointAdmission, point: Mapping[str, Any]) -> bool:
-        """Return whether a row may end with no more parameters than these."""
+        """Return whether a row may end with only these parameters."""
         past, declared = admission.past, admission.declared
         if not self._needs_complete_points or (declared and declared <= point.keys()):
             return True
@@ -298,14 +310,14 @@ class CandidateFilter:
     def _draw(
         self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draw a whole point; what the base sampler leaves open is drawn one by one."""
+        """Draw a whole point; parameters that the base sampler omits are drawn one by one."""
         state = self._state(trial)
         drawn = dict(self._base.sample_relative(study, trial, state.base_space))
-        missing = [name for name in space if name not in drawn and name not in state.fixed]
         # In the order of suggestion, so that a seed gives the values that it gives without limits.
-        order = [] if state.admission is None else [*state.admission.common_space()]
-        for name in sorted(missing, key=lambda n: order.index(n) if n in order else len(order)):
-            drawn[name] = self._base.sample_independent(study, trial, name, space[name])
+        # Conditional parameters are omitted: the trial may never suggest them.
+        for name in state.common:
+            if name in space and name not in drawn and name not in state.fixed:
+                drawn[name] = self._base.sample_independent(study, trial, name, space[name])
         return drawn
 
     def _choose(
@@ -316,7 +328,7 @@ class CandidateFilter:
         first: dict[str, Any],
         verdict: PointVerdict,
     ) -> dict[str, Any] | None:
-        """Return the first point if it is admitted; where they are ranked, the best that is."""
+        """Return the first point if it is admitted, or with ranking the best admitted one."""
         state, last = self._state(trial), first
         admitted = [first] if verdict.admitted else []
         if state.ranked is not None and state.ranked.differs_within(space):
@@ -335,7 +347,7 @@ class CandidateFilter:
         return admitted[index]
 
     def _share(self, study: Study, trial: FrozenTrial, point: Mapping[str, Any]) -> None:
-        """Let the base sampler know which point runs, if not the one that it drew last."""
+        """Tell the base sampler which point runs, unless it drew that point last."""
         base_space = self._state(trial).base_space
         relative = {name: point[name] for name in base_space if name in point}
         _optuna.share_relative_params(_optuna.unwrap_study(study), trial, relative)
@@ -348,14 +360,14 @@ class CandidateFilter:
         space: dict[str, BaseDistribution],
         first: dict[str, Any],
     ) -> tuple[dict[str, Any] | None, str]:
-        """Return an admitted point in place of the first one, and how it was found."""
+        """Return an admitted point instead of the first one, and how it was found."""
         state, last = self._state(trial), first
         for _ in range(_MAX_REDRAWS if self._replacement == "redraw" else 0):
             before, last = last, self._draw(study, trial, space)
             if state.judge(last).admitted:
                 return last, "redrawn"
             if last == before:
-                # The sampler repeats itself.
+                # The sampler draws the same point again.
                 break
         if self._replacement == "skip" or self._keeps_point:
             return None, ""
@@ -367,7 +379,7 @@ class CandidateFilter:
     def _audit(
         self, study: Study, trial: FrozenTrial, point: Mapping[str, Any], verdict: PointVerdict
     ) -> bool:
-        """Count a refusal, and return whether the point is run to check it."""
+        """Count a refusal; return whether to run the point nevertheless, as an audit."""
         if verdict.by_quota:
             return False
         share = self._audits
@@ -401,13 +413,13 @@ class CandidateFilter:
     def _write_params(self, study: Study, trial: FrozenTrial) -> None:
         """Write the parameters of a rejected trial into its row.
 
-        Enumerating samplers see by them what was visited, and a row without them would empty
-        TPESampler's intersection search space.
+        They show enumerating samplers what was visited; without them, TPESampler's intersection
+        search space would be empty.
         """
         state, whole = self._state(trial), _optuna.unwrap_study(study)
         earlier = {} if state.admission is None else state.admission.space
         point, space = state.drawn, {**earlier, **state.space}
-        # In the order of earlier rows: BruteForceSampler takes it for the path down its tree.
+        # In the order of earlier rows, which is the path in BruteForceSampler's tree.
         for name in space:
             if name in trial.params or name not in point:
                 continue
@@ -434,6 +446,7 @@ class CandidateFilter:
         with self._lock:
             logged, self._logged = self._logged, True
         (_logger.debug if logged else _logger.info)(
-            f"Trial {trial.number}: point {action}. {verdict.reason}"
+            f"Trial {trial.number}: the point drawn was refused; {_ACTIONS[action]}. "
+            f"{verdict.reason}"
             + ("" if logged else f" Later ones are only recorded in {PROPOSED!r}.")
         )

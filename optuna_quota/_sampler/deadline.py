@@ -1,4 +1,4 @@
-"""The deadline of a worker: when it is, and whether another trial should start before it."""
+"""The deadline of a worker: parse it, and decide whether another trial may start before it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import re
 import subprocess
 from typing import TypeAlias
 
-from optuna_quota._ledger import Refusal
+from optuna_quota._ledger.grant import Refusal
 from optuna_quota._units import format_seconds, parse_seconds
 
 
 DeadlineOption: TypeAlias = "float | str | timedelta | datetime"
 
+# Seconds; a later deadline may be out of range for dates and for waiting threads.
+_FURTHEST = 100 * 365 * 86400.0
 # Seconds that SLURM's commands get to answer.
 _SLURM_TIMEOUT = 60.0
 _END_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
@@ -34,19 +36,22 @@ def parse_deadline(
     if value == "slurm":
         return _end_of_slurm_job(environment)
     if not isinstance(value, datetime):
-        return now + parse_seconds(value, "deadline")
-    if value.timestamp() <= now:
+        try:
+            deadline = now + parse_seconds(value, "deadline")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} Give a point in time as a datetime.") from None
+    elif (deadline := value.timestamp()) <= now:
         raise ValueError(f"`deadline` must be in the future but got {value}.")
-    return value.timestamp()
+    return min(deadline, now + _FURTHEST)
 
 
 def refuse_late(
     deadline: float, now: float, likely: float | None, margin: float
 ) -> Refusal | None:
-    """Return why no trial starts: it would most likely not be done by the deadline.
+    """Return the refusal of a trial that would most likely not finish before the deadline.
 
-    That is so if its ``likely`` seconds end less than the ``margin`` before the deadline, from
-    which on running trials are stopped. Times are in seconds since the epoch.
+    Running trials are stopped ``margin`` seconds before the deadline; ``likely`` is the expected
+    duration of a trial. ``deadline`` and ``now`` are in seconds since the epoch.
     """
     left = deadline - now
     if left > margin and (likely is None or likely <= left - margin):
@@ -62,8 +67,10 @@ def refuse_late(
             f"{format_seconds(margin)} of them to stop trials, and a trial most likely takes "
             f"{format_seconds(likely or 0.0)}."
         )
-    figures = (likely or 0.0, 0.0, 0.0, max(0.0, left))
-    return Refusal("wall_time", *figures, reason=reason, final=True)
+    needed, left = likely or 0.0, max(0.0, left)
+    return Refusal(
+        "wall_time", needed, left, needed, reason=reason, final=True, by_deadline=True, of_any=True
+    )
 
 
 def _end_of_slurm_job(environment: Mapping[str, str]) -> float:
@@ -82,7 +89,7 @@ def _end_of_slurm_job(environment: Mapping[str, str]) -> float:
         ["scontrol", "show", "job", job],
     ):
         answer = _output(command, environment)
-        # That of `scontrol` has the start as well.
+        # The answer of `scontrol` has the start time as well.
         found = _END_TIME.search(answer.rpartition("EndTime=")[2])
         if found is not None:
             return datetime.fromisoformat(found.group()).timestamp()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, get_args, Literal
 
 from optuna.distributions import BaseDistribution
@@ -12,6 +13,7 @@ from optuna.samplers import BaseSampler
 from optuna_quota import _optuna
 from optuna_quota._limits import Quota, Strategy
 from optuna_quota._resources import CLOCK_RESOURCES
+from optuna_quota._units import check_confidence, check_flags, check_number
 
 
 Metering = Literal[True, False, "reported"]
@@ -20,14 +22,14 @@ OnCrowded = Literal["wait", "smaller"]
 OnProjected = Literal["continue", "stop", "raise"]
 OnVeto = Literal["auto", "redraw", "nearest", "skip"]
 
-# They enumerate points, or return the same one when asked again. By name: BoTorchSampler is of
-# another package.
+# Samplers that enumerate points or return the same one when asked again. By name, as
+# BoTorchSampler is in another package.
 _ONE_POINT = {"BoTorchSampler", "BruteForceSampler", "GPSampler", "GridSampler"}
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """The options of a QuotaSampler, as each of its parts reads them."""
+    """The options of a QuotaSampler."""
 
     base_sampler: BaseSampler
     quota: Quota
@@ -62,21 +64,17 @@ class SamplerOptions:
         _check_n_candidates(self.n_candidates, self.base_sampler)
         if not self.metering:
             _check_measurable(self.quota)
-        if not 0.5 < self.confidence < 1:
-            raise ValueError(
-                f"`confidence` must be above 0.5 and below 1 but got {self.confidence!r}."
-            )
-        if not 0 < self.breach_probability <= 1:
-            raise ValueError(
-                "`breach_probability` must be above 0 and at most 1 but got "
-                f"{self.breach_probability!r}."
-            )
-        if self.audits is not None and not 0 <= self.audits <= 1:
-            raise ValueError(f"`audits` must be a share from 0 to 1 but got {self.audits!r}.")
+        check_confidence(self.confidence)
+        risk = self.breach_probability
+        check_number(risk, "breach_probability", "above 0 and at most 1", lambda p: 0 < p <= 1)
+        if self.audits is not None:
+            rule = "a share from 0 to 1 or None"
+            check_number(self.audits, "audits", rule, lambda share: 0 <= share <= 1)
 
 
 def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | None:
-    """Return how many GPUs each trial gets, None if it sees all; ``one_gpu`` stands for 1."""
+    """Return how many GPUs each trial gets, None if it sees all; ``one_gpu`` means 1."""
+    check_flags(one_gpu=one_gpu)
     if gpus_per_trial is None:
         return 1 if one_gpu else None
     _check_count(gpus_per_trial, "gpus_per_trial", "a whole number or None")
@@ -84,7 +82,7 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
         raise ValueError(
             f"`one_gpu=True` means `gpus_per_trial=1` but got gpus_per_trial={gpus_per_trial}."
         )
-    return gpus_per_trial
+    return int(gpus_per_trial)
 
 
 def _check_n_candidates(n_candidates: int, base_sampler: BaseSampler) -> None:
@@ -99,14 +97,14 @@ def _check_n_candidates(n_candidates: int, base_sampler: BaseSampler) -> None:
 
 
 def _check_count(value: Any, name: str, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be {allowed} but got {value!r}.")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1 but got {value}.")
 
 
 def _check_measurable(quota: Quota) -> None:
-    """Raise ValueError for a quota on more than numbers and times, where no trial is measured."""
+    """Raise ValueError for a quota on resources that are unknown without metering."""
     measured = {"n_trials", *CLOCK_RESOURCES}
     if quota.prices.keys() <= measured:
         measured.add("cost")
@@ -129,6 +127,6 @@ def check_types(**given: tuple[Any, type]) -> None:
 def _check_choices(**given: tuple[Any, Any]) -> None:
     for name, (value, literal) in given.items():
         choices = get_args(literal)
-        if value not in choices:
+        if not isinstance(value, (str, bool)) or value not in choices:
             listed = ", ".join(map(repr, choices))
             raise ValueError(f"`{name}` must be one of {listed} but got {value!r}.")

@@ -1,8 +1,8 @@
-"""Ranks the points that the base sampler offers: the one worth most for what it costs runs.
+"""Ranks candidate points by expected improvement per predicted cost.
 
-The expected improvement over the best value is that of a Gaussian process of the values' normal
-scores, as in the advice on the search space; it is divided by the median of the predicted cost.
-``benchmarks/value_for_budget.py`` says what that finds.
+The expected improvement over the best value is that of a Gaussian process on normal scores of the
+values, as in the advice on the search space; it is divided by the median of the predicted cost.
+See ``benchmarks/value_for_budget.py``.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from optuna_quota._sampler.study_footprint import medians_of
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
-# Completed trials before points are ranked, and at most in the model, which costs their cube.
+# Completed trials before points are ranked, and at most in the model, whose fit is cubic in them.
 MIN_COMPLETED = 5
 MAX_FITTED = 100
-# Least share of what is left that a point counts as taking, and least improvement.
+# Lower bounds of the share of what is left that a point needs, and of the improvement.
 _LEAST_SHARE = 1e-12
 _LEAST_GAIN = 1e-300
-# The hyperparameters are searched again when the trials have grown by this factor.
+# Hyperparameters are fitted again when the number of trials has grown by this factor.
 _GROWTH = 1.25
-# For the points of one trial; fewer are drawn where a user's function is slow.
+# For the points of one trial; fewer are drawn if a user's function is slow.
 _SECONDS = 1.0
 
 Points = Sequence[Mapping[str, Any]]
 # Returns the median usage at points, by resource.
 Medians = Callable[[Points], Mapping[str, np.ndarray]]
-# Returns a model of the data, selected from so many trials.
+# Returns a model of the data; the number is that of all trials.
 Fit = Callable[[ResourceData, int], ResourceModel]
 
 
@@ -68,8 +68,8 @@ def choose(
 ) -> Choice:
     """Return the point with the greatest expected improvement per predicted cost.
 
-    Its cost is the largest share that it takes of what is left of a total, by resource. Where
-    nothing tells the points apart, the first is returned.
+    The cost is the largest share of what is left of any total. Of equal points, the first is
+    returned.
     """
     from scipy.special import ndtr
 
@@ -92,7 +92,7 @@ def choose(
 
 
 class Ranking:
-    """Ranks the points of one study, and keeps the hyperparameters of the model of its values.
+    """Ranks the points of one study, and caches the hyperparameters of the model of its values.
 
     Raises:
         ValueError: If the study has several objectives.
@@ -129,7 +129,7 @@ class Ranking:
         left: Mapping[str, float],
         fixed: Mapping[str, Any],
     ) -> RankedTrial | None:
-        """Return what a trial's points are ranked by, None where too little is known."""
+        """Return the criterion that ranks a trial's points, None if too little is known."""
         rows = self.rows(trials) if footprint is not None and left else []
         space = _shared_space(rows)
         if footprint is None or not space:
@@ -165,12 +165,12 @@ class RankedTrial:
     n_points: int  # to draw
 
     def differs_within(self, space: Mapping[str, BaseDistribution]) -> bool:
-        """Return whether points of a space are whole, and may differ."""
+        """Return whether points of a space are complete and may differ."""
         fixed, varied = self.fixed.keys(), self.space.keys()
         return bool(varied - fixed) and varied <= space.keys() | fixed
 
     def choose(self, points: Points) -> Choice:
-        """Return which point runs; the first where they can't be ranked."""
+        """Return which point runs: the first if they can't be ranked."""
         same = {n: value_at(d, 0.0) for n, d in self.rows[-1].space.items() if d.single()}
         whole = [{**same, **point, **self.fixed} for point in points]
         try:
@@ -179,14 +179,14 @@ class RankedTrial:
             # A user's function of a parameter that the points lack.
             return Choice(0, f"the footprint needs {missing}")
         except (ArithmeticError, ValueError, np.linalg.LinAlgError) as fault:
-            _logger.warning(f"Points could not be ranked: {fault!r}.")
+            _logger.warning(f"Points could not be ranked: {fault!r}. The first one runs.")
             return Choice(0, "the values have no model")
 
 
 def _shared_space(rows: Sequence[Row]) -> dict[str, BaseDistribution]:
-    """Return the parameters with a choice; none where those of recent trials differed.
+    """Return the parameters with more than one value; none if recent trials' spaces differed.
 
-    A range that depends on another parameter is known only once that one is drawn.
+    A range that depends on another parameter is known only once that parameter is drawn.
     """
     recent = [row.space for row in rows[-MAX_FITTED:]]
     if len(rows) < MIN_COMPLETED or any(each != recent[-1] for each in recent):

@@ -15,12 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.active_trials import find_monitor
 from optuna_quota._enforcement.trial_result import save_record
-from optuna_quota._ledger.protocol import (
-    parse_reservation,
-    Reservation,
-    reservation_object,
-    this_worker,
-)
+from optuna_quota._ledger import protocol
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Outcome
 from optuna_quota._storage_retry import is_transient, retry
@@ -37,20 +32,22 @@ _REJECTIONS = (StudyRejected, QuotaExhausted, TrialRejected)
 def fail_unfinished_trial(study: Study, trial: FrozenTrial) -> Iterator[None]:
     """Finish a trial's row when sampling raises and Optuna does not finish it.
 
-    Under ``optimize`` Optuna catches exceptions and KeyboardInterrupt, and finishes the row.
-    ``ask(fixed_distributions)`` samples before it returns the trial, so its caller can't. A caller
-    that suggests from a trial it asked for finishes it as well.
+    Under ``optimize`` Optuna catches exceptions and KeyboardInterrupt, and finishes the row. A
+    caller of ``ask`` has the trial and can finish it, except with ``fixed_distributions``: these
+    are sampled before ``ask`` returns.
     """
     try:
         yield
     except BaseException as error:
         if _optuna.in_ask() or not isinstance(error, (Exception, KeyboardInterrupt)):
-            finish_row(_optuna.unwrap_study(study), trial, error, admitted=True)
+            finish_failed_row(_optuna.unwrap_study(study), trial, error, admitted=True)
         raise
 
 
-def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitted: bool) -> None:
-    """Finish the row of a trial whose hook raised; the usage of an admitted one counts."""
+def finish_failed_row(
+    study: Study, trial: FrozenTrial, error: BaseException, *, admitted: bool
+) -> None:
+    """Finish the row of a trial whose hook raised; the usage of an admitted trial counts."""
     monitor = find_monitor(study, trial)
     usage = None if monitor is None else monitor.close()
     outcome: Outcome = "rejected" if isinstance(error, _REJECTIONS) else "failed"
@@ -62,8 +59,8 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     system = {}
     if monitor is None and not admitted:
-        system[_records.RESERVATION] = reservation_object(
-            Reservation(trial_id, worker=this_worker())
+        system[_records.RESERVATION] = protocol.reservation_object(
+            protocol.Reservation(trial_id, worker=protocol.this_worker())
         )
     # Attributes first: a finished row can't be changed.
     if not _records.is_rejected(trial.user_attrs):
@@ -75,18 +72,24 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
             return
         except Exception as fault:  # noqa: BLE001 - any backend's own; the hook's error goes first
             if is_last or is_transient(fault):
-                _logger.warning(f"Trial {trial.number} could not be finished: {fault!r}.")
+                _logger.warning(
+                    f"Trial {trial.number} did not start, and its row could not be finished: "
+                    f"{fault!r}. Its part of the quota is free again once this worker has ended."
+                )
                 return
 
 
 def clear_copied_attributes(study: Study, trial: FrozenTrial) -> None:
     """Clear attributes copied from a failed trial by Optuna's retry callback.
 
-    The object that Optuna keeps of the trial is updated too.
+    Also in Optuna's object of the trial.
     """
     trial_id = _optuna.trial_id_of(trial)
-    if parse_reservation(trial.system_attrs.get(_records.RESERVATION), trial_id) is not None:
-        # It began before: its row describes itself.
+    if (
+        protocol.parse_reservation(trial.system_attrs.get(_records.RESERVATION), trial_id)
+        is not None
+    ):
+        # It began earlier: the attributes are its own.
         return
     copied: dict[str, Any] = {
         key: None

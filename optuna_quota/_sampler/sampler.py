@@ -16,14 +16,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement import nesting
 from optuna_quota._enforcement.active_trials import resolve_cores
-from optuna_quota._enforcement.nesting import (
-    agreed_limits,
-    find_nested,
-    pruner_limits,
-    pruner_meters,
-    quota_pruners,
-)
+from optuna_quota._enforcement.preemption import enqueue_again
 from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import (
     read_row,
@@ -31,42 +26,38 @@ from optuna_quota._enforcement.trial_result import (
     uniform_constraints,
 )
 from optuna_quota._footprint.user_given import as_footprint, by_value, from_value
-from optuna_quota._ledger import LEASE, Refusal
+from optuna_quota._ledger.dead_workers import LEASE
+from optuna_quota._ledger.grant import Refusal
 from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
 from optuna_quota._projection.projection import Projection
+from optuna_quota._sampler import options
+from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
-from optuna_quota._sampler.options import (
-    check_types,
-    checked_gpus_per_trial,
-    Metering,
-    OnCrowded,
-    OnExhausted,
-    OnProjected,
-    OnVeto,
-    SamplerOptions,
-)
-from optuna_quota._sampler.ray_tune import adapt_ray_tune
+from optuna_quota._sampler.integrations import adapt_tools
 from optuna_quota._sampler.row_cleanup import (
     clear_copied_attributes,
     fail_unfinished_trial,
-    finish_row,
+    finish_failed_row,
 )
-from optuna_quota._sampler.study_projection import admit_strategy, project_study, rejection
+from optuna_quota._sampler.study_projection import admit_strategy, project_study
 from optuna_quota._sampler.study_session import objective_uses_trial, StudySession, StudySessions
 from optuna_quota._units import Duration, parse_seconds
 from optuna_quota._usage import Usage
+from optuna_quota.exceptions import StudyRejected
 
+
+_Draw = Callable[[CandidateFilter, Study], dict[str, Any]]
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
 _PLACES = "QuotaSampler and QuotaPruner"
-# Draws of a point while other workers take what was left for it.
+# Draws of a point while other workers reserve what was left for it.
 _MOST_DRAWS = 4
 
 
 class QuotaSampler(_optuna.StudyPart, BaseSampler):
-    """Samples as another sampler does, inside a quota.
+    """Wraps another sampler and keeps the study inside a quota.
 
     Example:
 
@@ -77,6 +68,8 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 pruner=QuotaPruner(limits=Limits(memory="4GiB")),
             )
             study.optimize(objective, n_trials=200)
+
+    Its options are final: to change one, give the study another QuotaSampler.
 
     Args:
         base_sampler: Any sampler; :class:`~optuna.samplers.TPESampler` by default.
@@ -102,9 +95,9 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             together (``memory``, ``gpu_memory``, ``cpu_cores``): ``"wait"`` until there is room
             for it to start, or ``"smaller"``: once it may start, draw only a point that is
             projected to fit into what is free then.
-        gpus_per_trial: Give each trial so many GPUs, those with the most room for its
+        gpus_per_trial: Assign this many GPUs to each trial, those with the most room for its
             ``gpu_memory`` (an even part on each) among those that this process may use. An
-            isolated trial sees no other (``CUDA_VISIBLE_DEVICES``). None lets it see all.
+            isolated trial sees no others (``CUDA_VISIBLE_DEVICES``). With None it sees all.
         one_gpu: The same as ``gpus_per_trial=1``.
         metering: False where trials run in processes that this one neither starts nor sees, as
             under Ray Tune, or in an ask-and-tell loop that hands them to other machines. Only
@@ -123,12 +116,12 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             the nearest point for TPE, NSGA-II, NSGA-III and GP. Grids are always skipped.
         audits: Share of these points that is run under the hard limit nevertheless, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
-        n_candidates: Draws of the base sampler for each trial, which take so many times as long:
-            that point runs whose expected improvement is greatest for its predicted share of what
-            is left of the quota's totals, from five completed trials on. Fewer with a slow
-            ``footprint``; one where nothing is predicted, the only total is a ``cost`` of several
-            prices, or parameters or ranges differ between trials. ``on_veto`` applies where none
-            of them is admitted. With several objectives the first ``ask`` raises ValueError.
+        n_candidates: Number of points that the base sampler draws for each trial, whose time grows
+            accordingly. From five completed trials on, the point with the greatest expected
+            improvement per predicted share of what is left of the quota's totals runs. Fewer are
+            drawn with a slow ``footprint``; one if nothing is predicted, the only total is a
+            ``cost`` of several prices, or parameters or ranges differ between trials. ``on_veto``
+            applies if none is admitted. Several objectives are a ValueError at the first ``ask``.
         on_projected: What is done once the quota is likely to run out before the end of the
             ``strategy``, besides the warning: ``"continue"`` until it is used up, ``"stop"`` now,
             or ``"raise"`` :class:`~optuna_quota.StudyRejected`.
@@ -152,25 +145,25 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         deadline: DeadlineOption | None = None,
         limits: Limits | None = None,
         meters: Sequence[Meter] = (),
-        on_exhausted: OnExhausted = "stop",
-        on_crowded: OnCrowded = "wait",
+        on_exhausted: options.OnExhausted = "stop",
+        on_crowded: options.OnCrowded = "wait",
         gpus_per_trial: int | None = None,
         one_gpu: bool = False,
-        metering: Metering = True,
+        metering: options.Metering = True,
         lease: Duration = LEASE,
         breach_probability: float = 0.5,
-        on_veto: OnVeto = "auto",
+        on_veto: options.OnVeto = "auto",
         audits: float | None = None,
         n_candidates: int = 1,
-        on_projected: OnProjected = "continue",
+        on_projected: options.OnProjected = "continue",
     ) -> None:
-        check_types(
+        options.check_types(
             base_sampler=(base_sampler, BaseSampler),
             quota=(quota, Quota),
             strategy=(strategy, Strategy),
             limits=(limits, Limits),
         )
-        self._nested: list[Any] = find_nested(base_sampler, BaseSampler)
+        self._nested: list[Any] = nesting.find_nested(base_sampler, BaseSampler)
         if any(isinstance(each, QuotaSampler) for each in self._nested):
             raise ValueError(
                 f"`base_sampler` must hold no QuotaSampler but got {base_sampler}: a trial would "
@@ -184,7 +177,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self.meters = check_names(meters)
         if footprint is not None and not isinstance(footprint, Usage):
             footprint = as_footprint(footprint, lenient=True)
-        self._options = SamplerOptions(
+        self._options = options.SamplerOptions(
             base_sampler=self.base_sampler,
             quota=self.quota,
             strategy=strategy,
@@ -196,7 +189,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             on_exhausted=on_exhausted,
             on_crowded=on_crowded,
             on_projected=on_projected,
-            gpus_per_trial=checked_gpus_per_trial(gpus_per_trial, one_gpu),
+            gpus_per_trial=options.checked_gpus_per_trial(gpus_per_trial, one_gpu),
             metering=metering,
             lease=parse_seconds(lease, "lease"),
             deadline=None if deadline is None else parse_deadline(deadline, time.time()),
@@ -207,7 +200,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self._sessions = StudySessions()
         self._lock = threading.Lock()
         admit_strategy(self._options, limits or Limits())
-        adapt_ray_tune()
+        adapt_tools()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process; a lambda as footprint goes by its value."""
@@ -216,13 +209,22 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(from_value(state), _sessions=StudySessions(), _lock=threading.Lock())
-        adapt_ray_tune()
+        adapt_tools()
 
     def __getattr__(self, name: str) -> Any:
         """Return one of the options that only its parts read, such as ``confidence``."""
-        if name not in SamplerOptions.__dataclass_fields__:
+        if name not in options.SamplerOptions.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._options, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; options are final, as the sessions of studies have read them."""
+        if "_options" in vars(self) and name in options.SamplerOptions.__dataclass_fields__:
+            raise AttributeError(
+                f"`{name}` can't be changed after the QuotaSampler is created, but got {value!r}. "
+                "Set `study.sampler` to a new one."
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return f"QuotaSampler({type(self.base_sampler).__name__}(), quota={self.quota!r})"
@@ -236,7 +238,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         whole = _optuna.unwrap_study(study)
         asked = _optuna.in_ask()
         if metering_loop().find(key_of(whole, trial)) is not None and not asked:
-            # Another Trial object for a trial that this process runs already.
+            # Another Trial object of a trial that already runs in this process.
             return
         try:
             while asked and self._is_taken(whole, trial):
@@ -244,21 +246,29 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             clear_copied_attributes(whole, trial)
             self._admit(study, whole, trial)
         except BaseException as error:
-            finish_row(whole, trial, error, admitted=False)
+            session = self._sessions.find(whole)
+            if session is not None and session.skip_if_finished(whole, trial, error):
+                return
+            finish_failed_row(whole, trial, error, admitted=False)
+            if session is not None:
+                session.ledger.forget(_optuna.trial_id_of(trial))
+            if isinstance(error, StudyRejected) or not isinstance(error, Exception):
+                # For example by Ctrl-C while it waited.
+                enqueue_again(whole, trial, "could not start")
             raise
 
     def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
-        enqueued = _optuna.may_be_enqueued(trial)
-        return enqueued and not self._session(study).ledger.take_enqueued(trial)
+        is_new = not _optuna.may_be_enqueued(trial)
+        return not (is_new or self._session(study).ledger.take_enqueued(trial))
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
-        pruners = quota_pruners(whole.pruner)
+        pruners = nesting.quota_pruners(whole.pruner)
         if self._options.deadline is not None and not pruners:
             # Its `should_prune` is what stops trials in process.
             whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
         session = self._session(whole)
-        limits = agreed_limits(self.limits, pruner_limits(pruners), _PLACES)
+        limits = nesting.agreed_limits(self.limits, nesting.pruner_limits(pruners), _PLACES)
         session.describe(whole, limits)
         session.share_settings(whole, limits)
         n_jobs = None if self.strategy is None else self.strategy.n_jobs
@@ -280,15 +290,15 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         if isinstance(running, Refusal):
             session.refuse(whole, trial, running)
             return
-        self._check_quota(session, whole)
+        session.check_outlook(whole, limits)
         self.base_sampler.before_trial(study, trial)
         ceilings = limits.tightened(self.quota.held)
         if self._options.on_crowded == "smaller":
             ceilings = ceilings.tightened(session.ledger.room(trial))
         session.begin_point(whole, trial, ceilings)
-        meters = {each.name: each for each in (*pruner_meters(pruners), *self.meters)}
+        meters = {each.name: each for each in (*nesting.pruner_meters(pruners), *self.meters)}
         interrupt = any(pruner.interrupt for pruner in pruners)
-        # Last, so that learning and imports do not count as the trial's usage.
+        # Last, so that fits and imports do not count as the trial's usage.
         session.start_trial(
             whole, trial, running, limits, tuple(meters.values()), interrupt=interrupt
         )
@@ -296,7 +306,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Infer as the base sampler does, with the parameters that are judged with it."""
+        """Infer the base sampler's space, plus the parameters that are judged along with it."""
         with fail_unfinished_trial(study, trial):
             space = self.base_sampler.infer_relative_search_space(study, trial)
             return self._session(study).candidates.relative_space(trial, space)
@@ -304,17 +314,12 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Sample a point as the base sampler does, and replace it when it is not admitted."""
-        with fail_unfinished_trial(study, trial):
-            session = self._session(study)
-            for _ in range(_MOST_DRAWS):
-                with self._learning_constraints(study, trial, len(search_space)) as seen:
-                    drawn = session.candidates.sample_relative(seen, trial, search_space)
-                if session.promise(trial, drawn):
-                    break
-                # Another worker was first.
-                session.candidates.set_left(study, trial, session.left(trial))
-            return drawn
+        """Sample a point by the base sampler, and replace it if it is not admitted."""
+
+        def draw(each: CandidateFilter, seen: Study) -> dict[str, Any]:
+            return each.sample_relative(seen, trial, search_space)
+
+        return self._draw(study, trial, draw, len(search_space))
 
     def sample_independent(
         self,
@@ -323,20 +328,32 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Sample a parameter as the base sampler does, again when the point is not admitted."""
+        """Sample a parameter by the base sampler, again if the point is not admitted."""
+
+        def draw(each: CandidateFilter, seen: Study) -> dict[str, Any]:
+            found = each.sample_independent(seen, trial, param_name, param_distribution)
+            return {param_name: found}
+
+        return self._draw(study, trial, draw)[param_name]
+
+    def _draw(
+        self, study: Study, trial: FrozenTrial, draw: _Draw, n_params: int = 0
+    ) -> dict[str, Any]:
         with fail_unfinished_trial(study, trial):
             session = self._session(study)
-            with self._learning_constraints(study, trial) as seen:
-                value = session.candidates.sample_independent(
-                    seen, trial, param_name, param_distribution
-                )
-            session.promise(trial, {param_name: value})
-            return value
+            for more in reversed(range(_MOST_DRAWS)):
+                with self._learning_constraints(study, trial, n_params) as seen:
+                    drawn = draw(session.candidates, seen)
+                if session.promise(trial, drawn):
+                    break
+                # Others reserved it first. None can take what this trial holds.
+                session.judge_again(study, trial, free=more > 1)
+            return drawn
 
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """Settle a trial before its row is finished, and end the study with its quota."""
+        """Record a trial before its row is finished, and end the study with its quota."""
         whole = _optuna.unwrap_study(study)
         session = self._session(whole)
         if session.is_refused(trial):
@@ -377,40 +394,27 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         footprint = self._session(study).candidates.footprint
         return project_study(self._options, self._limits_of(study), study, footprint)
 
-    def _check_quota(self, session: StudySession, study: Study) -> None:
-        """Say early what the strategy will most likely use, and do what `on_projected` says."""
-        if self.strategy is None or not self.quota.totals.keys() - {"n_trials"}:
-            return
-        footprint = session.candidates.footprint
-        footprint.learn(session.ledger.trials)
-        n_trials = footprint.learner.n_observations
-        projection = session.outlook.check(study, n_trials, lambda: self.project(study))
-        if projection is None or self._options.on_projected == "continue":
-            return
-        if self._options.on_projected == "raise":
-            raise rejection(projection)
-        if _optuna.in_optimize_loop(study):
-            study.stop()
-
     def _finish_trial(
         self, session: StudySession, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
-        """Settle a trial; its result is stored after this and no error may lose it."""
+        """Record a trial; errors are logged, so that its result is stored afterwards."""
         try:
-            # The base sampler may have written into the row.
-            written = _optuna.may_write_constraints(self.base_sampler)
-            row = read_row(study, trial) if written else trial
-            session.finish_trial(study, row, state, partial(self._limits_of, study))
+            if _optuna.may_write_constraints(self.base_sampler):
+                trial = read_row(study, trial)
+            session.finish_trial(study, trial, state, partial(self._limits_of, study))
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
-            _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
+            _logger.warning(
+                f"Trial {trial.number} has its result, but what it used may be neither recorded "
+                f"nor counted toward the quota: {fault!r}."
+            )
 
     def _learning_constraints(
         self, study: Study, trial: FrozenTrial, n_params: int = 0
     ) -> contextlib.AbstractContextManager[Study]:
         """Return the study with the constraints that the base sampler needs.
 
-        The size of the relative search space is ``n_params``, 0 to sample one parameter.
+        ``n_params`` is the size of the relative search space, 0 to sample one parameter.
         """
         limits = partial(self._limits_of, _optuna.unwrap_study(study))
 
@@ -428,15 +432,16 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
 
     def _limits_of(self, study: Study) -> Limits:
         """Return the limits on each trial: the pruner's, else the sampler's own."""
-        theirs = pruner_limits(quota_pruners(study.pruner))
-        return agreed_limits(self.limits, theirs, _PLACES)
+        return nesting.agreed_limits(
+            self.limits, nesting.pruner_limits(nesting.quota_pruners(study.pruner)), _PLACES
+        )
 
     def _session(self, study: Study) -> StudySession:
         whole = _optuna.unwrap_study(study)
         with self._lock:
             session = self._sessions.find(whole)
             if session is None:
-                adapt_ray_tune()
+                adapt_tools()
                 session = StudySession(whole, self._options)
                 self._sessions.add(whole, session)
         return session

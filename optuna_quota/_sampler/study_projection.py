@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 import logging
 import math
-import threading
+import sys
 from typing import Any, get_args, Literal
 
 from optuna.distributions import BaseDistribution
@@ -16,10 +16,11 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.study_warnings import note_topics
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._footprint.search_space import simulate_future_points
 from optuna_quota._footprint.user_given import as_footprint, UnknownFootprintError
-from optuna_quota._ledger import status
+from optuna_quota._ledger.status import status
 from optuna_quota._limits import Limits, Strategy
 from optuna_quota._projection.projection import (
     describe_nearest,
@@ -37,8 +38,8 @@ from optuna_quota.exceptions import StudyRejected
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
-# The running projection is computed after so many trials for the first time, where nothing was
-# stated, and again after this factor more.
+# Without a stated footprint, the first running projection comes after this many trials, and the
+# next ones when their number has grown by this factor.
 _FIRST_TRIALS = 5
 _GROWTH = 1.3
 
@@ -49,15 +50,14 @@ def admit_strategy(
     study: Study | None = None,
     footprint: StudyFootprint | None = None,
 ) -> bool:
-    """Raise StudyRejected if the rest of the strategy does not fit; return if enough was known.
+    """Raise StudyRejected if the rest of the strategy does not fit; return if enough is known.
 
-    Once there is a study, its trials show the search space. The footprint of one that is resumed
-    knows more than the user stated, with enough trials.
+    Trials of a resumed study show the search space, and enough of them the footprint.
     """
     stated = options.footprint
     if options.strategy is None or stated is None:
         return True
-    used = {} if study is None else _used(study)
+    used = {} if study is None else _used(study, options)
     rest = _rest(options.strategy, used)
     if rest is None:
         return True
@@ -71,12 +71,12 @@ def admit_strategy(
             rest = replace(rest, search_space=space or None)
             points = _conditional_points(space, trials, rest.n_trials)
         if not (rest.search_space or points or as_footprint(stated).points):
-            # The points to come are not known yet.
+            # Future points are not known yet.
             return False
         try:
             projection = _project(options, rest, stated, limits, used, points)
         except KeyError as missing:
-            # A function of a parameter that no trial has had yet, or that is conditional.
+            # A function of a parameter that no trial had so far, or that is conditional.
             _logger.debug(f"The strategy is not projected yet: {missing}")
             return False
     if not projection.fits:
@@ -89,7 +89,7 @@ def project_study(
 ) -> Projection:
     """Return what a study will have used at the end of the strategy.
 
-    What the user stated holds until eight trials have run.
+    A footprint that the user stated is used until eight trials have run.
 
     Raises:
         ValueError: If there is no strategy, or nothing is known of what a trial uses.
@@ -100,7 +100,7 @@ def project_study(
     learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
     trusted = learned is not None and (stated is None or learner.n_observations >= MIN_TRIALS)
     expected = footprint.corrected(learned) or (learned if trusted else stated)
-    used = _used(study)
+    used = _used(study, options)
     rest = _rest(options.strategy, used)
     if rest is None:
         return project_end(options.strategy, used, options.quota, options.confidence)
@@ -111,7 +111,7 @@ def project_study(
         )
     rows = learner.observations
     if stated is not None and expected is not learned:
-        # Others may have ended before a parameter that a user's function needs.
+        # Others may lack a parameter that a user's function needs.
         rows = [row for row in rows if row.is_complete]
     kind = _optuna.unwrap_partial_fixed(options.base_sampler)
     adaptive = not (enumerates_points(kind) or isinstance(kind, (RandomSampler, QMCSampler)))
@@ -156,14 +156,18 @@ def rejection(projection: Projection) -> StudyRejected:
     )
 
 
-def _used(study: Study) -> dict[str, float]:
-    return {line.resource: line.used for line in status(study).lines}
+def _used(study: Study, options: SamplerOptions) -> dict[str, float]:
+    # Not by the study's quota: this worker's may have other prices while others run.
+    found = status(study, quota=options.quota)
+    # A sum of huge amounts is infinite, its cost at a price of 0 no number.
+    most = sys.float_info.max
+    return {n.resource: n.used if n.used < most else most for n in found.lines}
 
 
 def _conditional_points(
     space: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial], n_trials: int
 ) -> Sequence[Mapping[str, Any]] | None:
-    """Return points to come where trials had conditional parameters, else None."""
+    """Return future points if trials had conditional parameters, else None."""
     known = (
         row for trial in trials if (row := read_observation(trial)) is not None and row.params
     )
@@ -188,33 +192,25 @@ def outlook_of(projection: Projection) -> Outlook:
     return "hopeless" if surely_not else "unlikely"
 
 
-def is_news(outlook: Outlook, said: Outlook | None) -> bool:
-    return said is None or _WORSENING.index(outlook) > _WORSENING.index(said)
-
-
-# By the name of a study and the start of its first trial: all its workers in this process, each
-# with a sampler and perhaps a storage of its own, say it once.
-_said: dict[tuple[Any, ...], Outlook] = {}
-_said_lock = threading.Lock()
-
-
 class QuotaOutlook:
-    """Says early what a study will most likely use of its quota, and again when that gets worse.
+    """Logs early what a study will most likely use of its quota, and again if that gets worse.
 
-    One that ``learns`` from its trials alone says so after the fifth, others after the eighth.
+    If it ``learns`` from trials alone, first after the fifth trial, else after the eighth. Logs
+    again for another ``plan``.
     """
 
-    def __init__(self, *, learns: bool = True) -> None:
+    def __init__(self, plan: object = None, *, learns: bool = True) -> None:
+        self._plan = plan
         self._next = _FIRST_TRIALS if learns else MIN_TRIALS
         self._found = False
 
     def check(
         self, study: Study, n_trials: int, project: Callable[[], Projection]
     ) -> Projection | None:
-        """Log what a study will most likely use, if that is due and news.
+        """Log what a study will most likely use, if that is due and worse than before.
 
-        Nothing is done until there are more measured trials by a factor. Returns the projection
-        by which the quota is likely to run out, once.
+        It is due when the number of measured trials has grown by a factor. Returns, once, the
+        projection by which the quota is likely to run out.
         """
         if self._found or n_trials < self._next:
             return None
@@ -227,13 +223,9 @@ class QuotaOutlook:
             _logger.log(level, f"The rest of the strategy could not be projected: {fault!r}.")
             return None
         outlook = outlook_of(projection)
-        first = study.get_trials(deepcopy=False)[0]
-        key = study.study_name, first.datetime_start, first.datetime_complete
-        with _said_lock:
-            is_new = is_news(outlook, _said.get(key))
-            if is_new:
-                _said[key] = outlook
-        if is_new:
+        # Better outlooks are not logged later.
+        better = _WORSENING[: _WORSENING.index(outlook) + 1]
+        if note_topics(study, *(f"{each} of {self._plan}" for each in better)):
             level = logging.WARNING if outlook in ("unlikely", "hopeless") else logging.INFO
             _logger.log(level, describe_outlook(projection, outlook, n_trials))
         self._found = outlook == "hopeless" and n_trials >= MIN_TRIALS
@@ -253,7 +245,7 @@ def describe_outlook(projection: Projection, outlook: Outlook, n_trials: int) ->
             f"After {n_trials} trials, the whole strategy is projected to use {figures}; "
             f"probability that it fits: {describe_probability(projection)}."
         )
-    # Others don't fit with the required confidence, but most likely.
+    # Others fit most likely, but not with the required confidence.
     over = [row for row in projection.unfit if row.median > (row.quota or math.inf)]
     figures = "; ".join(
         f"{_expected(row)} projected, {format_amount(row.resource, row.quota)} allowed "

@@ -1,9 +1,9 @@
-"""One study in one process: starts, finishes and refuses its trials."""
+"""One study in one process: starts, finishes and refuses trials."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import gc
+from functools import partial
 import logging
 import os
 import threading
@@ -12,12 +12,13 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna, _records
-from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
-from optuna_quota._enforcement.preemption import preemption_of
+from optuna_quota._enforcement.active_trials import find_monitor, note_garbage, start_monitor
+from optuna_quota._enforcement.preemption import enqueue_again, preemption_of
 from optuna_quota._enforcement.pruner import Interrupter
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings
 from optuna_quota._enforcement.trial_result import (
@@ -25,15 +26,11 @@ from optuna_quota._enforcement.trial_result import (
     record_rejection,
     record_result,
 )
-from optuna_quota._ledger import (
-    check_gpus_per_trial,
-    gpus_here,
-    Ledger,
-    left_for_trial,
-    others_run,
-    Refusal,
-    RunningTrial,
-)
+from optuna_quota._ledger.dead_workers import others_run
+from optuna_quota._ledger.gpus import check_gpus_per_trial, gpus_here
+from optuna_quota._ledger.grant import left_for_trial, Refusal
+from optuna_quota._ledger.heartbeat import RunningTrial
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Meter, Verdict
 from optuna_quota._resources import format_amount, get_resource
@@ -42,14 +39,14 @@ from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.ranking import Ranking
-from optuna_quota._sampler.study_projection import QuotaOutlook
+from optuna_quota._sampler.study_projection import project_study, QuotaOutlook, rejection
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
-# Trials in a row whose points were rejected by what is left of the quota, before the study ends.
+# The study ends after this many points in a row were rejected by what is left of the quota.
 _MOST_UNFIT = 20
 
 
@@ -66,26 +63,28 @@ class StudySession:
         )
         ranking = Ranking(study, options.n_candidates) if options.n_candidates > 1 else None
         self.candidates = CandidateFilter(options, ranking)  # Filters its points
-        # Says how much of the quota the study will most likely use.
-        self.outlook = QuotaOutlook(learns=self.candidates.footprint.given is None)
-        # Whether the study as a whole was admitted; None before the first trial here.
+        # Logs how much of the quota the study will most likely use.
+        self._outlook = QuotaOutlook(
+            (options.quota, options.strategy), learns=self.candidates.footprint.given is None
+        )
+        # Whether the study was admitted; None before the first trial here.
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
         # The sampler itself must not be kept alive.
         self._options, self._quota = options, options.quota
         self._refused: set[int] = set()
+        self._promised: set[int] = set()  # The trials that reserve what their points need
         # Rejections by what is left of the quota since the last trial that ran.
         self._unfit: list[PointVerdict] = []
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
         self._logged: set[str] = set()
         self._sharing = threading.Lock()
-        self._has_garbage = False
-        # The limits that are the study's and this worker's alike; None while they differ.
+        # The limits that the study and this worker agree on; None while they differ.
         self._shared_limits: Limits | None = None
 
     def describe(self, study: Study, limits: Limits) -> None:
-        """Log once what ran before this worker came, and what is odd about the ceilings."""
+        """Log once which earlier trials count, and limits that can't take effect."""
         if self.decided is None:
             self.ledger.describe_past()
             options = self._options
@@ -93,7 +92,7 @@ class StudySession:
             warn_of_ceilings(study, limits, self._quota, has_purpose=has_purpose)
 
     def share_settings(self, study: Study, limits: Limits) -> None:
-        """Make the quota and these limits the study's, as soon as no other worker runs."""
+        """Store the quota and these limits as the study's, once no other worker runs."""
         with self._sharing:
             if self._shared_limits == limits:
                 return
@@ -106,10 +105,28 @@ class StudySession:
         if shared:
             self.ledger.set_bounds(limits)
 
+    def check_outlook(self, study: Study, limits: Limits) -> None:
+        """Log early what the strategy will most likely use, and apply ``on_projected``."""
+        options = self._options
+        if options.strategy is None or not self._quota.totals.keys() - {"n_trials"}:
+            return
+        footprint = self.candidates.footprint
+        footprint.learn(self.ledger.trials)
+        n_trials = footprint.learner.n_observations
+        project = partial(project_study, options, limits, study, footprint)
+        projection = self._outlook.check(study, n_trials, project)
+        if projection is None or options.on_projected == "continue":
+            return
+        if options.on_projected == "raise":
+            raise rejection(projection)
+        if _optuna.in_optimize_loop(study):
+            study.stop()
+
     def is_refused(self, trial: FrozenTrial) -> bool:
         return _optuna.trial_id_of(trial) in self._refused
 
     def begin_point(self, study: Study, trial: FrozenTrial, ceilings: Limits) -> None:
+        self._promise_earlier(_optuna.trial_id_of(trial))
         totals, n_beside = self.ledger.left(trial)
         left = self._near_end(totals, n_beside)
         self.candidates.begin(study, trial, ceilings, self.ledger.trials, left, totals)
@@ -124,12 +141,6 @@ class StudySession:
         *,
         interrupt: bool,
     ) -> None:
-        limited = limits.memory is not None or self._quota.memory is not None
-        if limited and self._has_garbage:
-            # An exception and the frames it passed through refer to each other: what a failed
-            # objective held would count for the next trial.
-            self._has_garbage = False
-            gc.collect()
         trial_id = _optuna.trial_id_of(trial)
         monitor = start_monitor(
             study,
@@ -149,13 +160,15 @@ class StudySession:
                 self._interrupters[trial_id] = interrupter
 
     def needs(self, free: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
-        """Return the least that any point needs of totals, empty while much of them is free."""
+        """Return the smallest needs of any point, empty while much of the totals is free."""
         left = left_for_trial(self._quota, dict.fromkeys(free, 0.0), free)
         return self._least_needs(left, n_beside)
 
-    def left(self, trial: FrozenTrial) -> Mapping[str, float]:
-        """Return what is left of totals for a trial's point, empty while much is."""
-        return self._near_end(*self.ledger.left(trial))
+    def judge_again(self, study: Study, trial: FrozenTrial, *, free: bool) -> None:
+        """Judge a trial's point by what is left of totals; without ``free``, by what it holds."""
+        totals, _ = self.ledger.left(trial, free=free)
+        left = self.candidates.footprint.margins().within(totals)
+        self.candidates.set_left(study, trial, left)
 
     def _near_end(self, left: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
         if not self._least_needs(left, n_beside):
@@ -169,30 +182,44 @@ class StudySession:
             footprint.learn(self.ledger.trials)
         return footprint.least_needs(left, n_beside)
 
-    def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> bool:
-        """Reserve what a trial's point needs; return whether what is left of totals is enough."""
-        if not self._quota.held and not self.candidates.is_near_end(trial):
+    def promise(
+        self, trial: FrozenTrial, drawn: Mapping[str, Any], *, is_complete: bool = False
+    ) -> bool:
+        """Reserve what a trial's point needs; return whether enough is left of totals."""
+        if not self._quota.held and not self.candidates.reserves(trial):
             return True
-        bounds, expected = self.candidates.bounds_at(trial, drawn)
+        bounds, expected = self.candidates.bounds_at(trial, drawn, is_complete=is_complete)
         if not bounds:
             return True
-        return self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds, expected)
+        trial_id = _optuna.trial_id_of(trial)
+        self._promised.add(trial_id)
+        return self.ledger.revise_promise(trial_id, bounds, expected)
+
+    def _promise_earlier(self, trial_id: int) -> None:
+        """Reserve what trials need that began before it was known which points are complete."""
+        if self.candidates.footprint.given is None:
+            return
+        for row, asked in self.ledger.running_rows(self._promised | {trial_id}):
+            # In a batch, a trial has its parameters by the time that the next is asked for.
+            self.promise(row, {}, is_complete=asked)
 
     def finish_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, limits: Callable[[], Limits]
     ) -> None:
         trial_id = _optuna.trial_id_of(trial)
-        usage = Usage()
+        self._promised.discard(trial_id)
+        usage, n_trials = Usage(), 1
         try:
             interrupter = self._interrupters.pop(trial_id, None)
             if interrupter is not None:
                 interrupter.disarm()
             monitor = find_monitor(study, trial)
             if monitor is not None and monitor.isolation is None:
-                # It ran where this process can't see: its row may report its usage.
+                # It ran where this process can't measure it: its row may report its usage.
                 monitor.add_usage(_records.read_record(trial).usage)
             in_process = monitor is not None and monitor.isolation in ("thread", "shared")
-            self._has_garbage |= in_process and state != TrialState.COMPLETE
+            if in_process and state != TrialState.COMPLETE:
+                note_garbage()
             verdict, footprint, expected = self.candidates.finish(
                 trial, completed=state == TrialState.COMPLETE
             )
@@ -202,7 +229,7 @@ class StudySession:
                 self._unfit = [*self._unfit, verdict]
             if monitor is not None and verdict is not None:
                 monitor.verdict = Verdict("rejected", verdict.reason)
-            usage = record_result(
+            record = record_result(
                 study,
                 trial,
                 monitor,
@@ -212,21 +239,26 @@ class StudySession:
                 expected=expected,
                 error=_optuna.objective_error(),
                 tell_call=_optuna.find_tell_call(),
-            ).usage
+                of_rejected=partial(self.ledger.charges_of_rejected, trial_id),
+            )
+            usage = record.usage if monitor is None else monitor.usage()
+            n_trials = int(record.outcome not in ("rejected", "preempted"))
         finally:
-            self.ledger.charge(trial_id, usage)
+            self.ledger.charge(trial_id, usage, n_trials=n_trials)
 
     def end_when_exhausted(self, study: Study) -> None:
-        if not self._may_stop(study):
+        if not _optuna.in_optimize_loop(study):
             return
-        refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
+        refusal = self.refuse_late()
+        if refusal is None and self._options.on_exhausted == "stop":
+            refusal = self.ledger.exhausted(self.needs) or self.refuse_unfit()
         if refusal is not None:
             if not _optuna.is_last_of_optimize():
                 self._log_end(refusal.reason)
             study.stop()
 
     def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
-        """Return why no trial with these fixed parameters starts before the deadline, if so."""
+        """Return a refusal if a trial with these fixed parameters would be late, else None."""
         if self._preemption.deadline_of is not self._options:
             # Trials of another sampler ran meanwhile.
             self._preemption.set_deadline(self._options.deadline)
@@ -238,7 +270,7 @@ class StudySession:
         return refuse_late(deadline, time.time(), likely, self._preemption.margin)
 
     def refuse_unfit(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
-        """Return why no trial starts after points that don't fit what is left; None if one may."""
+        """Return a refusal if too many points in a row did not fit what is left, else None."""
         unfit = self._unfit
         # Enumerating samplers end by themselves, and a smaller point may come later.
         if len(unfit) < _MOST_UNFIT or fixed or self.candidates.enumerates:
@@ -246,11 +278,11 @@ class StudySession:
         last = unfit[-1]
         reason = f"The last {len(unfit)} points did not fit what is left. {last.reason}"
         median, left = last.median or 0.0, last.limit or 0.0
-        figures = (median, median, 0.0, left)
-        return Refusal(last.resource or "", *figures, reason=reason, final=True)
+        return Refusal(last.resource or "", median, left, median, reason=reason, final=True)
 
-    def _may_stop(self, study: Study) -> bool:
-        return self._options.on_exhausted == "stop" and _optuna.in_optimize_loop(study)
+    def _may_stop(self, study: Study, refusal: Refusal) -> bool:
+        is_quiet = refusal.by_deadline or self._options.on_exhausted == "stop"
+        return is_quiet and _optuna.in_optimize_loop(study)
 
     def is_ending(self, study: Study) -> bool:
         return _optuna.is_optimize_ending(study) or self._preemption.is_late
@@ -258,13 +290,16 @@ class StudySession:
     def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
         """Keep a trial from running for which too little of the quota is left.
 
-        Inside ``optimize`` the first method of the trial that the objective calls ends the trial,
-        and the study with it. Elsewhere, and for an objective that calls none, raises
-        QuotaExhausted.
+        Inside ``optimize``, the first method of the trial that the objective calls raises, and the
+        study ends. Elsewhere, and for an objective that calls none, raises QuotaExhausted. An
+        enqueued trial returns to the queue if another worker or a later ``ask`` may run it.
         """
+        if refusal.of_any:
+            enqueue_again(study, trial, "could not start here")
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
         figures |= {"temporary": refusal.temporary}
-        if not (refusal.late or (self._may_stop(study) and objective_uses_trial(study))):
+        may_stop = self._may_stop(study, refusal) and objective_uses_trial(study)
+        if not (refusal.late or may_stop):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
         record_rejection(study, trial, refusal.reason)
@@ -277,6 +312,27 @@ class StudySession:
             return
         self._log_end(refusal.reason)
         study.stop()
+
+    def skip_if_finished(self, study: Study, trial: FrozenTrial, error: BaseException) -> bool:
+        """Let ``optimize`` go on without a trial whose row was finished before it was admitted.
+
+        Returns whether that is why its start failed.
+        """
+        trial_id = _optuna.trial_id_of(trial)
+        if not isinstance(error, UpdateFinishedTrialError) or not _optuna.in_optimize_loop(study):
+            return False
+        end = _optuna.describe_end(study, trial_id)
+        if end is None:
+            return False
+        self.ledger.forget(trial_id)
+        self._refused.add(trial_id)
+        _optuna.tolerate_finished_row(study, trial_id)
+
+        def raise_finished() -> NoReturn:
+            raise UpdateFinishedTrialError(f"Trial {trial.number} did not start. {end}")
+
+        _optuna.raise_on_next_suggest(trial, raise_finished)
+        return True
 
     def warn_of_constraints(self, trial: FrozenTrial, error: Exception) -> None:
         self._warn_once("constraints", constraints_warning(trial.number, error))
@@ -293,9 +349,9 @@ class StudySession:
 
 
 def objective_uses_trial(study: Study) -> bool:
-    """Return whether the objective would notice that it is refused, by the trials so far.
+    """Return whether the objective would notice a refusal, given the trials so far.
 
-    It does where it suggests parameters, or has noticed. An isolated one checks before it starts.
+    It does if it suggests parameters, or did notice. An isolated one checks before it starts.
     """
     trials = [
         trial
@@ -313,9 +369,9 @@ def objective_uses_trial(study: Study) -> bool:
 class StudySessions:
     """Finds the session of a study, which all ``Study`` objects on one storage object share.
 
-    A service that loads its study for each request makes a storage each time. A session refers to
-    the storage, and so to its connections, but not to the study, and lives as long as any
-    ``Study`` object that it served.
+    A service may load its study, and create a storage, for each request. So a session refers to
+    the storage and its connections, but not to the study, and lives as long as any ``Study``
+    object that uses it.
     """
 
     def __init__(self) -> None:
@@ -342,8 +398,8 @@ def _session_key(study: Study) -> tuple[int, int, int]:
     return os.getpid(), _optuna.number_of(_optuna.storage_of(study)), _optuna.study_id_of(study)
 
 
-def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bool = True) -> bool:
-    """Make a worker's quota and limits the study's, unless another worker runs with others.
+def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bool) -> bool:
+    """Store a worker's quota and limits as the study's, unless another worker uses others.
 
     Returns whether they are the study's now.
     """
@@ -361,8 +417,8 @@ def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bo
         if warn:
             _logger.warning(
                 f"Other workers of the study {study.study_name!r} run with another quota or other "
-                f"limits. {'. '.join(changes)}, but for this worker's trials only: the study's "
-                "change once no other worker runs. Give all workers the same."
+                f"limits. {'. '.join(changes)}, for this worker's trials only: the study keeps "
+                "its own while other workers run. Give all workers the same."
             )
         return False
     for key in differing:

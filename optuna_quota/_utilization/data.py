@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _records
 from optuna_quota._resources import USAGE_RESOURCES
-from optuna_quota._table import table_of
-
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from optuna.distributions import BaseDistribution
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-    import pandas as pd
+from optuna_quota._table import DataFrame, table_of, usage_at_least
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class StudyData:
 
     trials: Sequence[FrozenTrial]
     records: Sequence[_records.TrialRecord]
-    table: pd.DataFrame  # one row a trial
+    table: DataFrame  # one row a trial
     parameters: tuple[Parameter, ...]  # and selected user attributes
     ended: NDArray[np.object_]  # how, by Optuna's state where this library did not see it
     resources: tuple[str, ...]  # whose usage is known of at least one trial
@@ -61,10 +58,11 @@ class StudyData:
         A trial that was stopped before it reached a limit, because the allocation that would have
         exceeded it was refused or predicted, counts with the limit, which is a lower bound too.
         """
-        measured = self.table[resource].to_numpy(dtype=float)
-        limits = self.table["breach_limit"].to_numpy(dtype=float)
-        own = (self.table["censored_by"] == resource).to_numpy(dtype=bool)
-        return np.where(own & (limits > measured), limits, measured)
+        return np.array([used.get(resource, math.nan) for used in self._used], dtype=float)
+
+    @cached_property
+    def _used(self) -> Sequence[dict[str, float]]:
+        return [usage_at_least(t, r) for t, r in zip(self.trials, self.records, strict=True)]
 
     def censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is only a lower bound, shape ``(n_trials,)``."""
@@ -75,7 +73,7 @@ class StudyData:
         return np.asarray(self._evidence(resource) == "partial peak")
 
     def informative(self, resource: str) -> NDArray[np.bool_]:
-        """Return where the amount is known and says what a point uses, shape ``(n_trials,)``."""
+        """Return where the amount is known and a value or a bound, shape ``(n_trials,)``."""
         found = self._evidence(resource) != "partial"
         if resource in self.partial_peaks:
             found &= ~self.stopped_peaks(resource)
@@ -177,8 +175,8 @@ def _is_number(value: Any) -> bool:
 def _has_all_parameters(trials: Sequence[FrozenTrial]) -> NDArray[np.bool_]:
     """Return which trials have each parameter of their branch, shape ``(n_trials,)``.
 
-    One that was rejected, stopped or failed may have ended before it drew the others that a trial
-    with the same ones and more has. Not so one that was pruned after it had reported a value.
+    A trial that was rejected, stopped or failed may have ended before it drew all parameters. A
+    trial that was pruned after it had reported a value has all of them.
     """
     seen = {frozenset(trial.params) for trial in trials}
     return np.array(

@@ -22,9 +22,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 import math
-from typing import Literal, TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optuna_quota._footprint.numerics import orthonormal
 from optuna_quota._utilization.data import Parameter
@@ -41,12 +42,8 @@ from optuna_quota._utilization.fit import (
 )
 
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float64]
-    Values = Mapping[str, NDArray[np.float64]]
-
+Array = NDArray[np.float64]
+Values = Mapping[str, NDArray[np.float64]]
 
 Form = Literal["power", "power1p", "linear", "level", "active"]
 # A level in fewer trials can't be distinguished from noise.
@@ -128,9 +125,6 @@ class Design:
     def matrix(self, values: Values, n: int) -> Array:
         """Return the features with a leading column of ones, shape ``(n, 1 + n_columns)``."""
         return np.column_stack([np.ones(n), *(column.values(values) for column in self.columns)])
-
-    def with_column(self, column: Column | Product) -> Design:
-        return replace(self, columns=(*self.columns, column))
 
 
 def transformed(x: Array, form: Form) -> Array:
@@ -318,7 +312,8 @@ def _with_interaction(selected: Selected, values: Values, observed: int) -> Sele
         f"{product.term} is included: it raises the log-likelihood by {gain:.1f}, the extended "
         f"BIC requires {needed:.1f}."
     )
-    design, notes = selected.design.with_column(product), (*selected.notes, note)
+    design = replace(selected.design, columns=(*selected.design.columns, product))
+    notes = (*selected.notes, note)
     return replace(selected, design=design, sample=larger, fit=found, notes=notes)
 
 

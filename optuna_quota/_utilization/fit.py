@@ -23,19 +23,15 @@ from collections.abc import Iterator
 import contextlib
 from dataclasses import dataclass, replace
 import math
-from typing import TYPE_CHECKING
 import warnings
 
 import numpy as np
+from numpy.typing import NDArray
 
-from optuna_quota._footprint.numerics import orthonormal, product
+from optuna_quota._footprint.numerics import orthonormal, product, solve
 
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float64]
-
+Array = NDArray[np.float64]
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _MAX_STEPS = 100
@@ -118,9 +114,9 @@ class Derivatives:
 
 @contextlib.contextmanager
 def without_numeric_warnings() -> Iterator[None]:
-    """Keep statsmodels' and numpy's warnings from the user, who can't act on them.
+    """Suppress warnings of statsmodels and numpy, which a user can't act on.
 
-    What they are about, such as terms that can hardly be told apart, is said by the diagnostics.
+    The diagnostics report their causes, such as collinear terms.
     """
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
@@ -305,6 +301,8 @@ def maximize(
                 break
             continue
         theta, here, height, damping = further, there, height + gain, damping / 8
+    # There it is rounding alone that moves the likelihood.
+    converged |= theta[-1] <= _MIN_LOG_SIGMA
     gamma, beta = (float(theta[0]), theta[1:-1]) if has_floor else (-math.inf, theta[:-1])
     return Fit(beta, gamma, float(theta[-1]), float(here.loglike_obs.sum()), converged)
 
@@ -337,7 +335,7 @@ def _step(theta: Array, here: Derivatives, prior: Array, damping: float, held: b
     damped = curvature + damping * np.diag(scale)
     step = gradient / (scale * (1 + damping))
     with contextlib.suppress(np.linalg.LinAlgError):
-        solved = np.linalg.solve(damped, gradient)
+        solved = solve(damped, gradient[:, None])[:, 0]
         step = step if solved @ gradient < 0 else solved
     # Beyond a few e-folds the approximation does not hold.
     return np.asarray(step / max(1.0, float(np.abs(step).max()) / 5.0))

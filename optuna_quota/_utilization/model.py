@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optuna_quota._resources import get_resource
+from optuna_quota._table import DataFrame
+from optuna_quota._units import counted
 from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.design import (
     build_design,
@@ -41,13 +44,9 @@ from optuna_quota._utilization.fit import (
 )
 
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    import pandas as pd
+Array = NDArray[np.float64]
 
-    Array = NDArray[np.float64]
-
-
+_NO_TERM = " (no single term is clear)"
 _KINDS = {
     "power": "exponent",
     "power1p": "exponent",
@@ -126,7 +125,7 @@ class UtilizationModel:
         return self.selected.sigma
 
     @cached_property
-    def coefficients(self) -> pd.DataFrame:
+    def coefficients(self) -> DataFrame:
         """The coefficients by term, with 95% intervals.
 
         The columns are ``estimate, lower, upper, p_value, kind, p_adjusted``. ``p_adjusted`` is
@@ -137,11 +136,11 @@ class UtilizationModel:
         """
         p_values = self._coefficients["p_value"].to_numpy(dtype=float)
         adjusted = holm(p_values) if self._p_adjusted is None else self._p_adjusted
-        table: pd.DataFrame = self._coefficients.assign(p_adjusted=adjusted)
+        table: DataFrame = self._coefficients.assign(p_adjusted=adjusted)
         return table
 
     @cached_property
-    def _coefficients(self) -> pd.DataFrame:
+    def _coefficients(self) -> DataFrame:
         import pandas as pd
 
         selected, offset = self.selected, int(self.selected.fit.has_floor)
@@ -160,7 +159,7 @@ class UtilizationModel:
         for column, row in zip(selected.design.columns, terms, strict=False):
             kind = _KINDS[column.form] if isinstance(column, Column) else "interaction"
             rows.append([*row, kind])
-        table: pd.DataFrame = pd.DataFrame(
+        table: DataFrame = pd.DataFrame(
             rows,
             index=pd.Index([*["floor"][:offset], *selected.design.terms], name="term"),
             columns=["estimate", "lower", "upper", "p_value", "kind"],
@@ -173,9 +172,14 @@ class UtilizationModel:
         p_values = self.coefficients["p_adjusted"].to_numpy(dtype=float)
         return _formula_text(self.resource, self.selected, self.floor, p_values)
 
+    @property
+    def has_clear_term(self) -> bool:
+        """Whether the formula has any term besides a constant."""
+        return not self.formula.endswith(_NO_TERM)
+
     @cached_property
     def diagnostics(self) -> list[str]:
-        """Warnings that a reader should act on; empty if there are none."""
+        """Warnings to act on; empty if there are none."""
         return _diagnose(self.resource, self.selected, self.numbers, self.n_stopped_peaks)
 
     @property
@@ -188,7 +192,7 @@ class UtilizationModel:
         return getattr(self.results, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The results of a censored fit hold functions, and are quickly made again.
+        # Results of a censored fit hold functions, and are quickly computed again.
         return {name: value for name, value in vars(self).items() if name != "results"}
 
     def __repr__(self) -> str:
@@ -271,18 +275,17 @@ def holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
     known = np.isfinite(p_values)
     order = np.argsort(p_values)[: known.sum()]  # NaN is last
     steps = p_values[order] * np.arange(len(order), 0, -1)
-    # Not by statsmodels, which collects the garbage of the whole process.
+    # Not by statsmodels, whose function triggers a garbage collection.
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
 
 
 def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | str:
-    """Return the model of one resource, or a sentence that says why there is none.
+    """Return the model of one resource, or a sentence why there is none.
 
-    The peak of a stopped trial is a value where each step of a training repeats the one before,
-    and unknown where later steps take more data or a larger model. It is taken as unknown if the
-    completed trials are so much likelier under that model that BIC would grant as many parameters
-    as it has.
+    The peak of a stopped trial is a value if all steps of a training are alike, and unknown if
+    later steps take more data or a larger model. It is treated as unknown if the gain in
+    likelihood of the completed trials would justify as many parameters by BIC as the model has.
     """
     as_value = _fit_model(data, resource)
     if isinstance(as_value, str) or not data.stopped_peaks(resource).any():
@@ -302,10 +305,9 @@ def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     kept = data.informative(resource) & (amounts > 0)
     observed, title = kept & ~censored, get_resource(resource).title
     if observed.sum() < MIN_OBSERVED:
-        return (
-            f"No model of {title}: {int(observed.sum())} trials were observed to their end, "
-            f"{MIN_OBSERVED} are needed."
-        )
+        n = int(observed.sum())
+        were = "was observed to its end" if n == 1 else "were observed to their end"
+        return f"No model of {title}: {counted(n, 'trial')} {were}, {MIN_OBSERVED} are needed."
     if np.ptp(np.log(amounts[observed])) < 1e-9:
         return f"No model of {title}: every trial used the same."
     design = build_design(data.parameters, kept)
@@ -323,7 +325,7 @@ def _bounded_exp(value: float) -> float:
     return math.exp(min(float(value), _MAX_LOG))
 
 
-def plain_number(value: float, digits: int = 3) -> str:
+def short_number(value: float, digits: int = 3) -> str:
     """Return a number of few digits, without an exponent unless it is very large or small."""
     return f"{float(f'{value:.{digits}g}'):.15g}"
 
@@ -340,7 +342,7 @@ def _formula_text(resource: str, selected: Selected, floor: float, p_values: Arr
     factors = [_factor(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
     if not factors:
         total = _amount(resource, floor + _bounded_exp(level))
-        return f"{resource} = {total} (no single term is clear)"
+        return f"{resource} = {total}{_NO_TERM}"
     parts = [_amount(resource, floor)] if floor else []
     power = " · ".join([_amount(resource, _bounded_exp(level)), *factors])
     return f"{resource} = {' + '.join([*parts, power])}"
@@ -352,7 +354,7 @@ def _factor(column: Column | Product, b: float) -> str:
     where = "".join(f"[{shown[c.form].format(c)}]" for c in columns if c.form in shown)
     numbers = [c for c in columns if c.form not in shown]
     if not numbers:
-        return f"{plain_number(_bounded_exp(b), 2 if abs(b) < 4.6 else 3)}{where}"
+        return f"{short_number(_bounded_exp(b), 2 if abs(b) < 4.6 else 3)}{where}"
     if len(numbers) == 1 and numbers[0].form != "linear":
         return f"({_relative(numbers[0])})^{b:.2f}{where}"
     return f"exp({b:.3g} · {' · '.join(map(_deviation, numbers))}){where}"
@@ -361,12 +363,12 @@ def _factor(column: Column | Product, b: float) -> str:
 def _relative(column: Column) -> str:
     """Return a number over its middle, at which its factor is 1."""
     name = column.param if column.form == "power" else f"(1 + {column.param})"
-    return f"{name}/{plain_number(math.exp(column.centre))}"
+    return f"{name}/{short_number(math.exp(column.centre))}"
 
 
 def _deviation(column: Column) -> str:
     if column.form == "linear":
-        return f"({column.param} − {plain_number(column.centre)})"
+        return f"({column.param} − {short_number(column.centre)})"
     return f"ln({_relative(column)})"
 
 
@@ -433,5 +435,5 @@ def _collinearity(selected: Selected) -> Iterator[str]:
             one, other = (columns[mains[int(j)]].term for j in (i, others.argmax()))
             yield (
                 f"{one} varied together with {other} (variance inflation {inflation[i]:.0f}): "
-                "their coefficients can hardly be told apart. Vary them independently."
+                "their coefficients can hardly be separated. Vary them independently."
             )

@@ -10,8 +10,7 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from optuna_quota.cli.arguments import add_command, FAILED, OK, open_storage
-from optuna_quota.cli.output import encodes, styled, write_json, write_line
+from optuna_quota.cli import common
 
 
 if TYPE_CHECKING:
@@ -46,18 +45,18 @@ _LABEL = 23
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
+    parser = common.add_command(
         commands,
+        run,
         "doctor",
         "Show what this host can enforce and measure, what is limited and how to fix it.",
         examples=_EXAMPLES,
         keys=_KEYS,
     )
-    parser.add_argument("--storage", metavar="URL", help="check this storage, too")
+    parser.add_argument("--storage", metavar="URL", help="also check this storage")
     parser.add_argument(
         "--strict", action="store_true", help="exit with status 1 unless all checks are ok"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,14 +64,14 @@ def run(options: argparse.Namespace) -> int:
 
     findings = examine_host()
     if options.storage:
-        findings += examine_storage(open_storage(options.storage))
+        findings += examine_storage(common.open_storage(options.storage))
     if options.format == "json":
-        write_json(_as_json(findings))
+        common.write_json(_as_json(findings))
     else:
         for line in lines(findings, min(shutil.get_terminal_size((80, 24)).columns, 100)):
-            write_line(line)
+            common.write_line(line)
     healthy = all(finding.state == "ok" for finding in findings)
-    return FAILED if options.strict and not healthy else OK
+    return common.FAILED if options.strict and not healthy else common.OK
 
 
 def _as_json(findings: Sequence[Finding]) -> dict[str, object]:
@@ -91,11 +90,13 @@ def _counts(findings: Sequence[Finding]) -> dict[str, int]:
 
 def lines(findings: Sequence[Finding], width: int) -> list[str]:
     """Return the lines that show the findings, at most ``width`` columns wide."""
-    out = [styled(f"{platform.node()}", "bold") + f"  {platform.system()} {platform.release()}"]
+    out = [
+        common.styled(f"{platform.node()}", "bold") + f"  {platform.system()} {platform.release()}"
+    ]
     for area, title in _TITLES.items():
         members = [finding for finding in findings if finding.area == area]
         if members:
-            out += ["", styled(title, "bold")]
+            out += ["", common.styled(title, "bold")]
             out += [line for finding in members for line in _finding_lines(finding, width)]
     counts = ", ".join(f"{count} {state}" for state, count in _counts(findings).items())
     return [*out, "", f"{counts}."]
@@ -103,13 +104,13 @@ def lines(findings: Sequence[Finding], width: int) -> list[str]:
 
 def _finding_lines(finding: Finding, width: int) -> list[str]:
     mark, spare, colour = _MARKS[finding.state]
-    shown = mark if encodes(mark) else spare
+    shown = mark if common.encodes(mark) else spare
     indent = " " * (_LABEL + 4)
     body = textwrap.wrap(finding.found, max(width - len(indent), 30)) or [""]
-    first = f"  {styled(shown, colour)} {finding.check:<{_LABEL}}{body[0]}"
+    first = f"  {common.styled(shown, colour)} {finding.check:<{_LABEL}}{body[0]}"
     rest = [indent + line for line in body[1:]]
     for label, text in (("so:", finding.degrades), ("fix:", finding.fix)):
         if text:
             wrapped = textwrap.wrap(f"{label} {text}", max(width - len(indent), 30))
-            rest += [styled(indent + line, "dim") for line in wrapped]
+            rest += [common.styled(indent + line, "dim") for line in wrapped]
     return [first, *rest]

@@ -12,8 +12,15 @@ import warnings
 
 from optuna_quota._version import __version__
 from optuna_quota.cli import doctor, project, replay, report, status
-from optuna_quota.cli.arguments import FAILED, INTERRUPTED, OK, suggestion, USAGE, UsageError
-from optuna_quota.cli.output import harmless
+from optuna_quota.cli.common import (
+    FAILED,
+    harmless,
+    INTERRUPTED,
+    OK,
+    suggestion,
+    USAGE,
+    UsageError,
+)
 
 
 _COMMANDS = (project, report, replay, status, doctor)

@@ -8,20 +8,7 @@ from typing import Any, TYPE_CHECKING
 
 from optuna_quota._limits import Strategy
 from optuna_quota._resources import get_resource
-from optuna_quota.cli.arguments import (
-    add_command,
-    add_quota_arguments,
-    add_size_arguments,
-    add_study_arguments,
-    load_study,
-    OK,
-    OVER_QUOTA,
-    parse_footprint,
-    parse_limits,
-    parse_quota,
-    UsageError,
-)
-from optuna_quota.cli.output import styled, table, write_json, write_line
+from optuna_quota.cli import common
 
 
 if TYPE_CHECKING:
@@ -57,14 +44,15 @@ _KEYS = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
+    parser = common.add_command(
         commands,
+        run,
         "project",
         "Project whether a study fits its quota, before it runs (exit status 3: it does not).",
         examples=_EXAMPLES,
         keys=_KEYS,
     )
-    add_size_arguments(parser, "trials to run", required=True)
+    common.add_size_arguments(parser, "trials to run", required=True)
     parser.add_argument(
         "--footprint",
         metavar="NAME=VALUE,…|FILE",
@@ -72,8 +60,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "`report --footprint`; by default it is learned from the study that --storage and "
         "--study-name name",
     )
-    add_study_arguments(parser)
-    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated", limits=True)
+    common.add_study_arguments(parser)
+    common.add_quota_arguments(
+        parser, "a ceiling on the whole study, may be repeated", limits=True
+    )
     parser.add_argument(
         "--confidence",
         metavar="P",
@@ -81,19 +71,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=0.95,
         help="the required probability that every quota holds (default: 0.95)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     from optuna_quota._projection.simulation import project
 
     if not 0.5 < options.confidence < 1:
-        raise UsageError("--confidence must be above 0.5 and below 1.")
-    quota, limits = parse_quota(options), parse_limits(options)
+        raise common.UsageError(
+            f"--confidence must be above 0.5 and below 1 but got {options.confidence:g}."
+        )
+    quota, limits = common.parse_quota(options), common.parse_limits(options)
     if options.footprint is not None:
-        footprint = parse_footprint(options.footprint)
+        footprint = common.parse_footprint(options.footprint)
     else:
-        footprint = learn_footprint(load_study(options), options.confidence)
+        footprint = learn_footprint(common.load_study(options), options.confidence)
     projection = project(
         Strategy(options.n_trials, n_jobs=options.n_jobs),
         footprint,
@@ -103,11 +94,11 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.format == "json":
         ceilings = {"quota": quota.amounts(), "limits": limits.amounts()}
-        write_json({**as_json(projection), **ceilings})
+        common.write_json({**as_json(projection), **ceilings})
     else:
         for line in _lines(projection):
-            write_line(line)
-    return OK if projection.fits else OVER_QUOTA
+            common.write_line(line)
+    return common.OK if projection.fits else common.OVER_QUOTA
 
 
 def learn_footprint(study: Study, confidence: float = 0.95) -> Footprint:
@@ -118,7 +109,7 @@ def learn_footprint(study: Study, confidence: float = 0.95) -> Footprint:
     found = [read_observation(trial) for trial in study.get_trials(deepcopy=False)]
     rows = [row for row in found if row is not None]
     if not rows:
-        raise UsageError(
+        raise common.UsageError(
             f"No trial of the study {study.study_name!r} recorded its usage; state it with "
             "`optuna-quota project --footprint`."
         )
@@ -152,14 +143,14 @@ def _lines(projection: Projection) -> Iterator[str]:
     )
 
     text = projection.verdict("Fits", "Does not fit")
-    verdict = styled(text, "green" if projection.fits else "red")
+    verdict = common.styled(text, "green" if projection.fits else "red")
     yield (
         f"{verdict}: {describe_strategy(projection.strategy)}; probability "
         f"{describe_probability(projection)}, "
         f"{format_probability(projection.confidence)} required."
     )
     yield ""
-    yield from table(COLUMNS, [describe_resource(row) for row in projection.resources])
+    yield from common.table(COLUMNS, [describe_resource(row) for row in projection.resources])
     if projection.not_judged:
         titles = ", ".join(get_resource(row.resource).title for row in projection.not_judged)
         yield f"\nUnknown usage, not judged: {titles}."

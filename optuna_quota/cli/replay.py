@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from optuna_quota.cli.arguments import (
-    add_command,
-    add_quota_arguments,
-    add_study_arguments,
-    load_study,
-    OK,
-    OVER_QUOTA,
-    parse_limits,
-    parse_quota,
-    UsageError,
-)
-from optuna_quota.cli.output import as_json, progress, records, write_json, write_line
+from optuna_quota.cli import common
 
 
 _EXAMPLES = """\
@@ -44,33 +33,37 @@ _KEYS = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
+    parser = common.add_command(
         commands,
+        run,
         "replay",
         "Show what a quota and limits would have done to a study that has run "
         "(exit status 3: the quota would have ended it early).",
         examples=_EXAMPLES,
         keys=_KEYS,
     )
-    add_study_arguments(parser)
-    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated", limits=True)
-    parser.set_defaults(run=run)
+    common.add_study_arguments(parser)
+    common.add_quota_arguments(
+        parser, "a ceiling on the whole study, may be repeated", limits=True
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     from optuna_quota._analysis.replay import replay
 
-    quota, limits = parse_quota(options), parse_limits(options)
+    quota, limits = common.parse_quota(options), common.parse_limits(options)
     if not quota and not limits:
-        raise UsageError("give at least one --quota or --limit to replay.")
-    with progress("replaying the trials"):
-        report = replay(load_study(options), quota=quota or None, limits=limits or None)
+        raise common.UsageError("give at least one --quota or --limit to replay.")
+    with common.progress("replaying the trials"):
+        report = replay(common.load_study(options), quota=quota or None, limits=limits or None)
         summary = report.summary()
     if options.format == "json":
         quota_used = report.quota and report.quota.amounts()
         limits_used = report.limits and report.limits.amounts()
-        trials = records(report.table)
-        write_json(as_json(report, _KEYS, quota=quota_used, limits=limits_used, trials=trials))
+        trials = common.records(report.table)
+        common.write_json(
+            common.as_json(report, _KEYS, quota=quota_used, limits=limits_used, trials=trials)
+        )
     else:
-        write_line(summary)
-    return OK if report.ended_by is None else OVER_QUOTA
+        common.write_line(summary)
+    return common.OK if report.ended_by is None else common.OVER_QUOTA

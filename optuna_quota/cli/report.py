@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from optuna_quota.cli.arguments import (
-    add_command,
-    add_study_arguments,
-    load_study,
-    OK,
-    suggestion,
-    UsageError,
-)
-from optuna_quota.cli.output import as_json, progress, records, write_json, write_line
+from optuna_quota.cli import common
 
 
 if TYPE_CHECKING:
@@ -48,7 +40,7 @@ _KEYS = {
     "usage": "by resource: n, median, maximum, total",
     "drivers": "by resource, a list: param, share of the variance, factor, change",
     "cheaper_space": "two bounds that halve the cost: resource, bounds, cost, best_kept; or null",
-    "front": "trials that none beats in cost and value, a list: number, value, cost; or null",
+    "front": "trials on the Pareto front of cost and value, a list: number, value, cost; or null",
     "correlations": "a list: param, resource, rho, lower, upper, p_value, p_adjusted, n, …",
     "models": "by resource: formula, kind, coefficients, diagnostics, n_observed, n_censored",
     "missing_models": "why a resource has no model, by resource",
@@ -57,17 +49,18 @@ _KEYS = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
+    parser = common.add_command(
         commands,
+        run,
         "report",
         "Show which hyperparameters drive resource usage, how certainly, and what to change.",
         examples=_EXAMPLES,
         keys=_KEYS,
     )
-    add_study_arguments(parser)
-    parser.add_argument("--html", metavar="FILE", help="write the report as one HTML file, too")
+    common.add_study_arguments(parser)
+    parser.add_argument("--html", metavar="FILE", help="also write the report as one HTML file")
     parser.add_argument(
-        "--publish", action="store_true", help="write notes and plots into optuna-dashboard, too"
+        "--publish", action="store_true", help="also write notes and plots into optuna-dashboard"
     )
     parser.add_argument(
         "--footprint",
@@ -81,15 +74,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=[],
         help="treat this trial user attribute like a hyperparameter, may be repeated",
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     from optuna_quota._report import analyze
     from optuna_quota.dashboard import publish
 
-    with progress("reading the trials") as show:
-        study = load_study(options)
+    with common.progress("reading the trials") as show:
+        study = common.load_study(options)
         _check_user_attrs(options.user_attr, study)
         report = analyze(study, user_attrs=options.user_attr)
         show("fitting models")
@@ -101,23 +93,23 @@ def run(options: argparse.Namespace) -> int:
             show(f"writing {options.footprint}")
             Path(options.footprint).write_text(report.footprint.to_json(), encoding="utf-8")
     if isinstance(content, str):
-        write_line(content)
+        common.write_line(content)
     else:
-        write_json(content)
+        common.write_json(content)
     if options.publish:
         # Last, as it fails where optuna-dashboard is missing.
-        with progress("publishing to optuna-dashboard"):
+        with common.progress("publishing to optuna-dashboard"):
             publish(study, report)
-    return OK
+    return common.OK
 
 
 def _check_user_attrs(names: Sequence[str], study: Study) -> None:
     known = {name for trial in study.get_trials(deepcopy=False) for name in trial.user_attrs}
     for name in names:
         if name not in known:
-            meant = suggestion(name, sorted(known))
+            meant = common.suggestion(name, sorted(known))
             hint = f"; did you mean {meant}?" if meant else "."
-            raise UsageError(f"--user-attr: no trial has {name!r}{hint}")
+            raise common.UsageError(f"--user-attr: no trial has {name!r}{hint}")
 
 
 def _as_json(report: UtilizationReport) -> dict[str, Any]:
@@ -131,16 +123,16 @@ def _as_json(report: UtilizationReport) -> dict[str, Any]:
             "total": known.sum(),
         }
     models = {
-        name: as_json(
+        name: common.as_json(
             model,
             ("kind", "formula", "n_observed", "n_censored", "coefficients", "diagnostics"),
             formula=report.formulas[name],
-            coefficients=records(model.coefficients.rename_axis("term").reset_index()),
+            coefficients=common.records(model.coefficients.rename_axis("term").reset_index()),
             diagnostics=[str(warning) for warning in model.diagnostics],
         )
         for name, model in report.models.items()
     }
-    return as_json(
+    return common.as_json(
         report,
         _KEYS,
         study=report.study.study_name,
@@ -149,8 +141,8 @@ def _as_json(report: UtilizationReport) -> dict[str, Any]:
         usage=usage,
         drivers={name: [vars(d) for d in each] for name, each in report.drivers.items()},
         cheaper_space=report.cheaper_space and vars(report.cheaper_space),
-        front=None if report.front is None else records(report.front),
-        correlations=records(report.correlations),
+        front=None if report.front is None else common.records(report.front),
+        correlations=common.records(report.correlations),
         models=models,
         advice=[vars(advice) for advice in report.advice],
     )

@@ -5,24 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from optuna_quota._limits import Strategy
-from optuna_quota._resources import get_resource
-from optuna_quota.cli import project as project_command
-from optuna_quota.cli.arguments import (
-    add_command,
-    add_quota_arguments,
-    add_size_arguments,
-    add_study_arguments,
-    load_study,
-    OK,
-    OVER_QUOTA,
-    parse_quota,
-)
-from optuna_quota.cli.output import as_json, styled, write_json, write_line
+from optuna_quota._limits import Limits, Strategy
+from optuna_quota._resources import get_resource, LIMIT_RESOURCES
+from optuna_quota.cli import common, project as project_command
 
 
 if TYPE_CHECKING:
-    from optuna_quota._ledger import LedgerStatus
+    from optuna_quota._ledger.status import LedgerStatus
     from optuna_quota._projection.projection import Projection
 
 
@@ -50,32 +39,36 @@ _KEYS = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
+    parser = common.add_command(
         commands,
+        run,
         "status",
         "Show what a study has used, reserved and left, by resource, worker and outcome "
         "(exit status 3: a quota is exceeded).",
         examples=_EXAMPLES,
         keys=_KEYS,
     )
-    add_study_arguments(parser)
-    add_quota_arguments(parser, "compare with this instead of the study's own quota")
-    add_size_arguments(parser, "project this many more trials", required=False)
-    parser.set_defaults(run=run)
+    common.add_study_arguments(parser)
+    common.add_quota_arguments(parser, "compare with this instead of the study's own quota")
+    common.add_size_arguments(parser, "project this many more trials", required=False)
 
 
 def run(options: argparse.Namespace) -> int:
-    from optuna_quota._ledger import status, stored_quota
+    from optuna_quota._ledger.status import status, stored_quota
     from optuna_quota._projection.simulation import project
+    from optuna_quota._records import read_amounts, STUDY_LIMITS
 
-    study = load_study(options)
-    quota = parse_quota(options) or stored_quota(study.user_attrs)
+    study = common.load_study(options)
+    quota = common.parse_quota(options) or stored_quota(study.user_attrs)
     found, projection = status(study, quota=quota), None
     if options.n_trials is not None:
+        limits = read_amounts(study.user_attrs.get(STUDY_LIMITS))
+        known = {name: limit for name, limit in limits.items() if name in LIMIT_RESOURCES}
         projection = project(
             Strategy(options.n_trials, n_jobs=options.n_jobs),
             project_command.learn_footprint(study),
             quota=quota,
+            limits=Limits.from_amounts(known),
             used={line.resource: line.used for line in found.lines},
         )
         found = status(study, quota=quota, projection=projection)
@@ -84,18 +77,18 @@ def run(options: argparse.Namespace) -> int:
         projected = projection and project_command.as_json(projection)
         name = study.study_name
         computed = {"study": name, "resources": resources, "projection": projected}
-        write_json(as_json(found, _KEYS, **computed))
+        common.write_json(common.as_json(found, _KEYS, **computed))
     else:
         _write(study.study_name, found, projection)
     fits = projection is None or projection.fits
-    return OK if fits and not found.exceeded else OVER_QUOTA
+    return common.OK if fits and not found.exceeded else common.OVER_QUOTA
 
 
 def _write(name: str, found: LedgerStatus, projection: Projection | None) -> None:
-    write_line(styled(f"Study {name!r}", "bold"))
-    write_line(f"\n{found}")
+    common.write_line(common.styled(f"Study {name!r}", "bold"))
+    common.write_line(f"\n{found}")
     if projection is not None and not projection.fits:
-        write_line(f"\n{projection}")
+        common.write_line(f"\n{projection}")
     for resource in found.exceeded:
         title = get_resource(resource).title
-        write_line(styled(f"The quota of {title} is exceeded.", "red"))
+        common.write_line(common.styled(f"The quota of {title} is exceeded.", "red"))

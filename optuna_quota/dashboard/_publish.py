@@ -4,44 +4,43 @@ Notes, plots and the artifacts of finished trials are study system attributes. o
 public functions for notes on studies and plots, but none for a note on a finished trial
 (``save_note`` takes a running trial only) or its artifact (``upload_artifact`` writes into the
 trial, which can't be changed any more). For these two the attributes are written as
-optuna-dashboard 0.21 reads them. ``tests/dashboard_tests`` fails when a later one reads them
-differently.
+optuna-dashboard 0.21 reads them; ``tests/dashboard_tests`` fails with one that does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-import importlib
+from collections.abc import Callable, Container, Mapping, Sequence
 from importlib.util import find_spec
 import io
 import json
 import logging
 import math
+import re
 from threading import Lock
 import time
 from types import ModuleType
 from typing import Any, TYPE_CHECKING
 import uuid
 
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
 from optuna_quota import _optuna, _records
 from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._resources import format_amount, USAGE_RESOURCES
 from optuna_quota._utilization.data import study_data
-from optuna_quota.dashboard._notes import replace_block, study_note, trial_note
-from optuna_quota.visualization._burn_down import burn_down_figure
-from optuna_quota.visualization._data import ENDED, main_resource, StudyTrials
+from optuna_quota.visualization._budget import burn_down_figure, waste_figure
+from optuna_quota.visualization._data import ENDED, FinishedTrial, main_resource, StudyTrials
 from optuna_quota.visualization._figures import best_footprint_figure, ranked_slice_figure, thin
 from optuna_quota.visualization._quality_cost import quality_cost_figures
-from optuna_quota.visualization._report_text import ReportText
-from optuna_quota.visualization._theme import MISSING_PLOTLY
+from optuna_quota.visualization._report_text import DRIVERS, ReportText
+from optuna_quota.visualization._theme import import_optional, MISSING_PLOTLY, resource_title
 from optuna_quota.visualization._timeline import timeline_of, timeline_svg
 from optuna_quota.visualization._usage import usage_figure
-from optuna_quota.visualization._waste import waste_figure
 
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
     import plotly.graph_objects as go
 
 
@@ -52,7 +51,25 @@ IMAGE = "usage-over-time.svg"
 # are study attributes, and hundreds of them slow it down.
 _MAX_POINTS = 250
 _MAX_TRIAL_NOTES = 100
-_PLOT = "dashboard:plot_data:"
+# The largest share of the time that publishing takes.
+_SHARE = 0.02
+_MISSING = (
+    "Publishing needs optuna-dashboard, which is not installed: "
+    "pip install 'optuna-quota[dashboard]'."
+)
+_MAX_ENDED = 30
+_MAX_ADVICE = 7
+
+_MARKUP = re.compile(r"([\\`*_\[\]<>#|~!&$])")
+# At the start of a line these begin a list, a heading's underline or a rule.
+_LINE_START = re.compile(r"^(\s*)(\d*)([-+=.)])")
+# GitHub's Markdown links bare URLs even where their punctuation is escaped; a word joiner, which
+# has no width, breaks them up.
+_URL = re.compile(r"(?i)(www|https?|ftp|mailto|xmpp)(?=[.:])|(?<=\S)(?=@\S)")
+_WORD_JOINER = "\u2060"
+_NBSP = "\u00a0"
+_MAX_LENGTH = 300
+_BAR_WIDTH = 20
 
 
 def publish(
@@ -95,10 +112,10 @@ def publish_report(
     artifact_store: ArtifactStore | None,
     is_current: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Publish a study with its analysis, unless another worker has begun to: ``is_current``."""
+    """Publish a study with its analysis, while ``is_current``: no other worker has begun to."""
     _import_dashboard()
-    trials, study_id = StudyTrials(study), _optuna.study_id_of(study)
-    # What takes long comes first, as another worker may begin meanwhile.
+    trials, study_id = StudyTrials(study, report.data), _optuna.study_id_of(study)
+    # Slow steps first, as another worker may begin meanwhile.
     note = study_note(
         ReportText(trials, report),
         lambda number: f"/dashboard/studies/{study_id}/trials?numbers={number}",
@@ -118,9 +135,9 @@ def publish_report(
     for trial in ended[-_MAX_TRIAL_NOTES:]:
         trial_id = _optuna.trial_id_of(trial.trial)
         image = dashboard.image_url(trial_id)
-        if image is None and artifact_store is not None and trial.record.timeline:
-            svg = timeline_svg(timeline_of(trial, trials.limits))
-            image = dashboard.save_image(artifact_store, trial_id, svg)
+        line = timeline_of(trial, trials.limits)
+        if image is None and artifact_store is not None and line.points:
+            image = dashboard.save_image(artifact_store, trial_id, timeline_svg(line))
         dashboard.renew_note(trial_note(trial, trials.limits, image), trial_id)
 
 
@@ -139,7 +156,7 @@ def _plots(trials: StudyTrials, report: StudyAnalysis) -> dict[str, go.Figure]:
 
 
 class _Dashboard:
-    """What optuna-dashboard keeps of one study, read once."""
+    """The attributes of optuna-dashboard in one study, read once."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -164,12 +181,12 @@ class _Dashboard:
 
     def save_plot(self, name: str, figure: go.Figure) -> None:
         """Write a plot, replacing the one of that name unless it is the same."""
-        prefix = f"{_PLOT}{name}:"
+        prefix = f"dashboard:plot_data:{name}:"
         count = sum(key.startswith(prefix) for key in self._attributes)
         stored = "".join(str(self._attributes.get(f"{prefix}{i}", "")) for i in range(count))
         if figure.to_json() != stored:
-            dashboard = _import_dashboard()
-            dashboard.save_plotly_graph_object(self._study, figure, graph_object_id=name)
+            save = _import_dashboard().save_plotly_graph_object
+            save(self._study, figure, graph_object_id=name)
 
     def image_url(self, trial_id: int) -> str | None:
         """Return the URL of a trial's image, None without one."""
@@ -197,13 +214,7 @@ class _Dashboard:
 
 
 def _import_dashboard(module: str = "optuna_dashboard") -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            "Publishing needs optuna-dashboard, which is not installed: "
-            "pip install 'optuna-quota[dashboard]'."
-        ) from error
+    return import_optional(module, _MISSING)
 
 
 def _filename(value: Any) -> Any:
@@ -213,10 +224,6 @@ def _filename(value: Any) -> Any:
     except ValueError:
         return None
     return meta.get("filename") if isinstance(meta, dict) else None
-
-
-# The largest share of the time that publishing takes.
-_SHARE = 0.02
 
 
 class Publisher:
@@ -290,8 +297,8 @@ class Publisher:
 def _claim(study: Study, interval: float) -> Callable[[], bool] | None:
     """Claim to publish; None if another worker did within the interval.
 
-    Two workers that read the storage at the same time may both write a claim, of which the last
-    counts: what is returned says whether it is still this one.
+    Two workers that read the storage at the same time may both write a claim, and the last one
+    wins: the returned function tells whether this claim is still current.
     """
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
 
@@ -306,3 +313,138 @@ def _claim(study: Study, interval: float) -> Callable[[], bool] | None:
     token = uuid.uuid4().hex
     storage.set_study_system_attr(study_id, _records.STUDY_PUBLISHED, [time.time(), token])
     return lambda: read()[1] == token
+
+
+def escape(text: str) -> str:
+    """Return text without markup or links, in one line of at most 300 characters."""
+    plain = _URL.sub(lambda m: m[0] + _WORD_JOINER, _one_line(text))
+    return _LINE_START.sub(r"\1\2\\\3", _MARKUP.sub(r"\\\1", plain))
+
+
+def code(text: str) -> str:
+    """Return text as a code span that is valid in a table cell."""
+    plain = _one_line(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
+    pad = " " if len(fence) > 1 else ""
+    return f"{fence}{pad}{plain}{pad}{fence}".replace("|", "\\|")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+    """Return a table of cells that are Markdown already, some columns aligned to the right."""
+    marks = ["---:" if i in right else ":---" for i in range(len(head))]
+    # The dashboard's cells have no padding; Markdown keeps en spaces. Amounts don't wrap.
+    padded = [
+        [
+            f"\u2002{c if i and i not in right else c.replace(' ', _NBSP)}\u2002"
+            for i, c in enumerate(row)
+        ]
+        for row in (head, *rows)
+    ]
+    lines = (padded[0], marks, *padded[1:])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def bar(share: float) -> str:
+    """Return a bar of block characters for a share from 0 to 1, with the percentage."""
+    filled = round(_BAR_WIDTH * min(1.0, max(0.0, share)))
+    return "█" * filled + "░" * (_BAR_WIDTH - filled) + f" {100 * share:.0f}%"
+
+
+def _one_line(text: str) -> str:
+    shown = "".join(c if c.isprintable() else " " for c in text)
+    return shown if len(shown) <= _MAX_LENGTH else shown[: _MAX_LENGTH - 1] + "…"
+
+
+# Our part of a note is a block between two link definitions, which Markdown does not show;
+# optuna-dashboard shows HTML comments as text. All text from the storage is escaped.
+BEGIN = "[//]: # (optuna_quota: begin. Rewritten when published; write above or below.)"
+END = "[//]: # (optuna_quota: end)"
+
+_BEGIN = r"^\[//\]: # \(optuna_quota: begin[^\n]*$"
+_END = r"^\[//\]: # \(optuna_quota: end\)[^\S\n]*$"
+# From the last begin before an end: a begin without its end belongs to the person's text.
+_BLOCK = re.compile(rf"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.MULTILINE | re.DOTALL)
+
+
+def replace_block(note: str, content: str) -> str:
+    """Return a note with new content in our block and all other text unchanged.
+
+    The first block is replaced in place and copies of it are removed; without one, it is appended.
+    """
+    block = f"{BEGIN}\n\n{content.strip()}\n\n{END}"
+    found = list(_BLOCK.finditer(note))
+    if not found:
+        gap = "" if not note or note.endswith("\n\n") else "\n" if note.endswith("\n") else "\n\n"
+        return f"{note}{gap}{block}\n"
+    parts = [note[: found[0].start()], block]
+    for match, following in zip(found, [*found[1:], None], strict=True):
+        parts.append(note[match.end() : following.start() if following else None])
+    return "".join(parts)
+
+
+def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
+    """Return the note on a study; ``trial_url`` returns the page of a trial by its number."""
+    parts = ["### Resource usage", escape(text.headline)]
+    if text.ledger:
+        rows = [
+            [*map(escape, line.cells), "" if line.share is None else bar(line.share)]
+            for line in text.ledger
+        ]
+        right = range(1, len(text.ledger_head) - 1)
+        parts += ["#### Ledger", table(text.ledger_head, rows, right=right)]
+    if text.notes:
+        parts.append(escape(" ".join(text.notes)))
+    if text.drivers:
+        head = ["resource", "hyperparameter", "share", "changed"]
+        rows = [[d.title, code(d.param), d.interval, d.change] for d in text.drivers]
+        parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
+    if text.models:
+        lines = [code(m.formula) if m.is_formula else escape(m.formula) for m in text.models]
+        parts += ["#### Fitted models", "\n".join(f"- {line}" for line in lines)]
+    advice = text.advice[:_MAX_ADVICE]
+    if advice:
+        parts += ["#### What to change", "\n".join(f"- {escape(row.text)}" for row in advice)]
+    ended = text.ended
+    if ended:
+        rows = [
+            [f"[{row.number}]({trial_url(row.number)})", row.outcome, escape(row.reason)]
+            for row in ended[:_MAX_ENDED]
+        ]
+        shown = table(["trial", "outcome", "reason"], rows, right=(0,))
+        parts += ["#### Terminated, rejected and failed trials", shown]
+    if len(ended) > _MAX_ENDED:
+        parts.append(f"… and {len(ended) - _MAX_ENDED:,} earlier ones.")
+    return "\n\n".join(parts)
+
+
+def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | None) -> str:
+    """Return the note on a trial that was terminated or rejected, or that failed.
+
+    ``limits`` are in SI base units, ``image`` is the URL of the plot of its usage over time.
+    """
+    reason = row.record.reason or "No reason was recorded."
+    parts = [f"**{row.outcome.capitalize()}.** {escape(reason)}"]
+    if (breach := row.record.breach) is not None:
+        limits = {**limits, breach.resource: breach.limit}
+    if row.amounts:
+        cells = [_usage_cells(row, name, limits.get(name)) for name in row.amounts]
+        parts.append(table(["resource", "used", "limit", "share"], cells, right=(1, 2, 3)))
+    if projected := row.record.footprint:
+        names = dict.fromkeys(name for name in (*USAGE_RESOURCES, *projected) if name in projected)
+        cells = [_projected_cells(name, projected[name]) for name in names]
+        head = ["resource", "projected", "lower", "upper"]
+        parts += ["Projected before it ran:", table(head, cells, right=(1, 2, 3))]
+    if image is not None:
+        parts.append(f"![Usage over time, with the limit]({image})")
+    return "\n\n".join(parts)
+
+
+def _usage_cells(row: FinishedTrial, name: str, limit: float | None) -> list[str]:
+    shown = "" if limit is None else format_amount(name, limit)
+    share = "" if not limit else f"{row.amounts[name] / limit:.0%}"
+    return [escape(resource_title(name)), row.format_usage(name), shown, share]
+
+
+def _projected_cells(name: str, interval: _records.Interval) -> list[str]:
+    amounts = (interval.median, interval.lower, interval.upper)
+    return [escape(resource_title(name)), *(format_amount(name, amount) for amount in amounts)]

@@ -5,16 +5,14 @@ Each function takes a study and returns a plotly figure; plotly is imported with
 kinds of colour blindness, and each outcome has its own symbol.
 """
 
-from optuna_quota.visualization._burn_down import plot_burn_down
+from optuna_quota.visualization._budget import plot_burn_down, plot_waste
 from optuna_quota.visualization._correlations import plot_correlations
 from optuna_quota.visualization._figures import figures
-from optuna_quota.visualization._footprint import plot_footprint
+from optuna_quota.visualization._footprint import plot_footprint, plot_reliability
 from optuna_quota.visualization._html_report import notebook_html, to_html
 from optuna_quota.visualization._quality_cost import plot_quality_cost
-from optuna_quota.visualization._reliability import plot_reliability
 from optuna_quota.visualization._timeline import plot_timeline
 from optuna_quota.visualization._usage import plot_usage, plot_usage_slice
-from optuna_quota.visualization._waste import plot_waste
 
 
 __all__ = [

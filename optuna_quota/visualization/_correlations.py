@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TYPE_CHECKING
+from typing import NamedTuple
+
+from optuna.study import Study
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._table import DataFrame
 from optuna_quota._utilization.data import study_data
 from optuna_quota.visualization import _theme
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    import pandas as pd
-    import plotly.graph_objects as go
+from optuna_quota.visualization._theme import Figure
 
 
 _SCALE = [[0.0, _theme.BLUE], [0.5, "#FFFFFF"], [1.0, _theme.VERMILION]]
@@ -37,7 +35,7 @@ class Cell(NamedTuple):
 
     @property
     def is_significant(self) -> bool:
-        """Whether it is no chance, over all tests of the study."""
+        """Whether it is significant over all tests of the study."""
         return self.p_adjusted <= _SIGNIFICANCE
 
     @property
@@ -59,7 +57,7 @@ class Cells(NamedTuple):
         return [[self.by_place.get((p, r)) for r in self.resources] for p in self.params]
 
 
-def plot_correlations(study: Study, *, report: StudyAnalysis | None = None) -> go.Figure:
+def plot_correlations(study: Study, *, report: StudyAnalysis | None = None) -> Figure:
     """Plot how usage correlates with each hyperparameter, as a heat map.
 
     Bold figures with a star are significant after the correction for multiple tests (adjusted p
@@ -84,7 +82,7 @@ def plot_correlations(study: Study, *, report: StudyAnalysis | None = None) -> g
     return correlations_figure(analysis.correlations)
 
 
-def correlation_cells(correlations: pd.DataFrame) -> Cells:
+def correlation_cells(correlations: DataFrame) -> Cells:
     """Return the known correlations of :attr:`UtilizationReport.correlations`."""
     cells = {
         (str(row["param"]), str(row["resource"])): Cell(*(row[name] for name in Cell._fields))
@@ -98,7 +96,7 @@ def correlation_cells(correlations: pd.DataFrame) -> Cells:
     return Cells(params, list(dict.fromkeys(r for _, r in cells)), cells)
 
 
-def correlations_figure(correlations: pd.DataFrame) -> go.Figure:
+def correlations_figure(correlations: DataFrame) -> Figure:
     title, cells = "Rank correlations with usage", correlation_cells(correlations)
     if not cells.params:
         return _theme.empty_figure(title, "Too few trials to compute any correlation.")

@@ -6,20 +6,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _records
+from optuna_quota._footprint.footprint import Footprint
+from optuna_quota._records import Interval, TrialRecord
 from optuna_quota._resources import format_amount, get_resource, USAGE_RESOURCES
 from optuna_quota._table import measured_usage
+from optuna_quota._utilization.data import StudyData
 from optuna_quota.visualization._theme import OUTCOMES
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
-    from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._records import Interval, TrialRecord
 
 
 # Outcomes of trials that are listed with their reasons.
@@ -79,7 +77,7 @@ def _format_param(value: Any) -> str:
 
 
 class StudyTrials:
-    """What all plots of a study share, read once.
+    """The finished trials that all plots of a study share: as of now, or of an analysis' data.
 
     Attributes:
         study: The study.
@@ -87,10 +85,14 @@ class StudyTrials:
         limits: The limits in force, by resource, in SI base units.
     """
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, data: StudyData | None = None) -> None:
         self.study = study
-        trials = study.get_trials(deepcopy=False)
-        self.finished = [_finished_trial(t) for t in trials if t.state.is_finished()]
+        if data is None:
+            trials = (t for t in study.get_trials(deepcopy=False) if t.state.is_finished())
+            read = [(trial, _records.read_record(trial)) for trial in trials]
+        else:
+            read = list(zip(data.trials, data.records, strict=True))
+        self.finished = [_finished_trial(trial, record) for trial, record in read]
         self.limits = _records.read_amounts(study.user_attrs.get(_records.STUDY_LIMITS))
 
     def with_usage(self, resource: str) -> list[FinishedTrial]:
@@ -98,8 +100,7 @@ class StudyTrials:
         return [t for t in self.finished if resource in t.amounts and t.outcome != "rejected"]
 
 
-def _finished_trial(trial: FrozenTrial) -> FinishedTrial:
-    record = _records.read_record(trial)
+def _finished_trial(trial: FrozenTrial, record: TrialRecord) -> FinishedTrial:
     amounts = measured_usage(trial, record)
     breach = record.breach
     if breach is not None and get_resource(breach.resource).peak and not breach.forecast:

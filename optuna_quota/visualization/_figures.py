@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
+from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota.visualization import _theme
-from optuna_quota.visualization._burn_down import burn_down_figure
+from optuna_quota.visualization._budget import burn_down_figure, waste_figure
 from optuna_quota.visualization._correlations import correlations_figure
 from optuna_quota.visualization._data import measured_resources, StudyTrials
-from optuna_quota.visualization._footprint import footprint_figure
+from optuna_quota.visualization._footprint import footprint_figure, reliability_figure
 from optuna_quota.visualization._quality_cost import quality_cost_figures
-from optuna_quota.visualization._reliability import reliability_figure
+from optuna_quota.visualization._theme import Figure
 from optuna_quota.visualization._timeline import timeline_figure, timeline_of
 from optuna_quota.visualization._usage import usage_figure, usage_slice_figure, varied_params
-from optuna_quota.visualization._waste import waste_figure
-
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-    from optuna_quota._analysis.study_analysis import StudyAnalysis
 
 
 _MAX_PANELS = 4
@@ -29,7 +23,7 @@ _MAX_TIMELINES = 2
 _NARROW = 42
 
 
-def figures(report: StudyAnalysis) -> dict[str, go.Figure]:
+def figures(report: StudyAnalysis) -> dict[str, Figure]:
     """Return all plots of a report as plotly figures by name, in reading order.
 
     Names are those of the functions without ``plot_``, with the resource: ``usage_memory``,
@@ -50,11 +44,11 @@ def figures(report: StudyAnalysis) -> dict[str, go.Figure]:
     Raises:
         ImportError: If plotly is not installed.
     """
-    return figures_of(StudyTrials(report.study), report)
+    return figures_of(StudyTrials(report.study, report.data), report)
 
 
-def figures_of(trials: StudyTrials, report: StudyAnalysis) -> dict[str, go.Figure]:
-    """Return the figures of :func:`figures` of trials that are read already."""
+def figures_of(trials: StudyTrials, report: StudyAnalysis) -> dict[str, Figure]:
+    """Return :func:`figures` of trials that were already read."""
     resources = measured_resources(trials.finished)
     made = {f"usage_{r}": usage_figure(trials, r) for r in resources}
     made["burn_down"] = burn_down_figure(trials)
@@ -74,7 +68,7 @@ def figures_of(trials: StudyTrials, report: StudyAnalysis) -> dict[str, go.Figur
 
 def ranked_slice_figure(
     trials: StudyTrials, report: StudyAnalysis, resource: str, max_panels: int = _MAX_PANELS
-) -> go.Figure:
+) -> Figure:
     """Return slices along the hyperparameters that the resource correlates with most."""
     varied = varied_params(trials.with_usage(resource))
     rows = report.correlations[report.correlations["resource"] == resource]
@@ -83,13 +77,13 @@ def ranked_slice_figure(
     return usage_slice_figure(trials, resource, names, report.footprint)
 
 
-def best_footprint_figure(trials: StudyTrials, report: StudyAnalysis, resource: str) -> go.Figure:
+def best_footprint_figure(trials: StudyTrials, report: StudyAnalysis, resource: str) -> Figure:
     """Return the recorded projections against usage, or the fitted ones where there are none."""
     recorded = footprint_figure(trials, resource)
     return recorded if recorded.data else footprint_figure(trials, resource, report.footprint)
 
 
-def thin(figure: go.Figure, max_markers: int) -> go.Figure:
+def thin(figure: Figure, max_markers: int) -> Figure:
     """Return a figure for a third of a page, with fewer markers; see :func:`thinned_json`."""
     spec = thinned_json(figure, max_markers)
     layout = spec["layout"]
@@ -102,8 +96,8 @@ def thin(figure: go.Figure, max_markers: int) -> go.Figure:
     return _theme.import_plotly().Figure(spec)
 
 
-def thinned_json(figure: go.Figure, max_markers: int, *, hover: bool = False) -> dict[str, Any]:
-    """Return the JSON of a figure with fewer markers, for where size matters.
+def thinned_json(figure: Figure, max_markers: int, *, hover: bool = False) -> dict[str, Any]:
+    """Return the JSON of a figure with fewer markers, to save space.
 
     At most ``max_markers`` are over all traces of a pair of axes; each trace keeps an even share,
     so that a rare outcome stays visible. ``hover`` keeps the texts shown at a marker.

@@ -8,21 +8,17 @@ from importlib.util import find_spec
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._html import element, Safe, table
 from optuna_quota._resources import format_amount
 from optuna_quota._version import __version__
 from optuna_quota.visualization import _theme
+from optuna_quota.visualization._budget import TOTAL_OF, waste_of
 from optuna_quota.visualization._correlations import Cell, correlation_cells
 from optuna_quota.visualization._data import StudyTrials
 from optuna_quota.visualization._figures import figures_of, thinned_json
 from optuna_quota.visualization._report_text import DRIVERS, ReportText
-from optuna_quota.visualization._waste import TOTAL_OF, waste_of
-
-
-if TYPE_CHECKING:
-    from optuna_quota._analysis.study_analysis import StudyAnalysis
 
 
 _WIDE = "usage_slice"
@@ -51,7 +47,7 @@ def to_html(
         interactive: Whether to include the plots, for which plotly.js goes into the file (5 MB).
             Without them, and without plotly, the file has tables and no script (20 kB).
     """
-    trials = StudyTrials(report.study)
+    trials = StudyTrials(report.study, report.data)
     plotted = interactive and find_spec("plotly") is not None
     parts = _plots(trials, report) if plotted else _tables(trials, report)
     if interactive and not plotted:
@@ -71,7 +67,7 @@ def to_html(
 
 def notebook_html(report: StudyAnalysis) -> str:
     """Return the report for a notebook: texts and tables without a script."""
-    trials = StudyTrials(report.study)
+    trials = StudyTrials(report.study, report.data)
     plots = element("p", "Plots: ", element("code", "report.figures()"), ".")
     sections = _sections(ReportText(trials, report), [*_tables(trials, report), plots])
     return element("div", element("style", Safe(_style_sheet())), *sections, class_="oq")
@@ -134,11 +130,11 @@ def _models(text: ReportText) -> list[Safe]:
         parts.append(table(head, rows, name="wide resources"))
     if text.models:
         parts.append(element("h2", "Fitted models"))
-    for title, formula, warnings in text.models:
-        parts.append(element("p", element("b", title), class_="model"))
-        parts.append(element("pre", formula))
-        if warnings:
-            parts.append(element("ul", *(element("li", w) for w in warnings)))
+    for model in text.models:
+        parts.append(element("p", element("b", model.title), class_="model"))
+        parts.append(element("pre" if model.is_formula else "p", model.formula))
+        if model.warnings:
+            parts.append(element("ul", *(element("li", w) for w in model.warnings)))
     return parts
 
 

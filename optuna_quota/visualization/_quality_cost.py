@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 import math
-from typing import NamedTuple, TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota._analysis.pareto import cost_front
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import FinishedTrial, StudyTrials
-from optuna_quota.visualization._theme import Point
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-    import plotly.graph_objects as go
+from optuna_quota.visualization._theme import Figure, Point
 
 
 class _Priced(NamedTuple):
@@ -37,7 +33,7 @@ def plot_quality_cost(
     target: Callable[[FrozenTrial], float] | None = None,
     target_name: str = "Objective value",
     maximize: bool | None = None,
-) -> go.Figure:
+) -> Figure:
     """Plot the value of each completed trial against its cost, with the Pareto front.
 
     A trial is on the front when every trial that costs as little or less is worse.
@@ -77,7 +73,7 @@ def _value(index: int, trial: FrozenTrial) -> float:
     return float(trial.values[index])
 
 
-def quality_cost_figures(trials: StudyTrials) -> dict[str, go.Figure]:
+def quality_cost_figures(trials: StudyTrials) -> dict[str, Figure]:
     """Return quality against wall time by name, one figure for each objective."""
     directions, made = trials.study.directions, {}
     several = len(directions) > 1
@@ -98,7 +94,7 @@ def quality_cost_figure(
     target: Callable[[FrozenTrial], float],
     target_name: str,
     maximize: bool,
-) -> go.Figure:
+) -> Figure:
     name = "time" if resource == "wall_time" else get_resource(resource).title
     title = f"Quality against {name}"
     priced = [

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TYPE_CHECKING
+from typing import NamedTuple
 
 from optuna_quota._analysis.advice import Advice
-from optuna_quota._ledger import status
+from optuna_quota._analysis.cost_drivers import Driver
+from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._ledger.status import status
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._units import counted
+from optuna_quota.visualization._budget import TOTAL_OF, waste_finding, waste_of
 from optuna_quota.visualization._data import by_outcome, ENDED, FinishedTrial, StudyTrials
 from optuna_quota.visualization._theme import resource_title
-from optuna_quota.visualization._waste import TOTAL_OF, waste_finding, waste_of
-
-
-if TYPE_CHECKING:
-    from optuna_quota._analysis.cost_drivers import Driver
-    from optuna_quota._analysis.study_analysis import StudyAnalysis
 
 
 LEDGER = ("used", "reserved", "left", "quota")
@@ -32,6 +29,16 @@ class LedgerRow(NamedTuple):
 
     cells: Sequence[str]
     share: float | None
+
+
+class ModelRow(NamedTuple):
+    title: str
+    formula: str  # or a sentence, where a power law is not what the resource follows
+    warnings: list[str]
+
+    @property
+    def is_formula(self) -> bool:
+        return " = " in self.formula
 
 
 class DriverRow(NamedTuple):
@@ -60,15 +67,17 @@ class ReportText:
         self._trials, self._report = trials, report
         self._waste = waste_of(trials)
         ledger = status(trials.study)
-        # A column of dashes says nothing.
+        # Omit a column of dashes.
         reserved = any(line.reserved for line in ledger.lines)
         shown = [name for name in LEDGER if name != "reserved" or reserved]
         self.name = trials.study.study_name
         self.ledger_head = ["resource", *shown, "of the quota"]
         self.ledger = []
         for line in ledger.lines:
-            amounts = [getattr(line, name) for name in shown]
-            cells = [format_amount(line.resource, amount) if amount else "–" for amount in amounts]
+            # Zero is shown only for what is left.
+            amounts = {name: getattr(line, name) for name in shown}
+            known = {n: a for n, a in amounts.items() if a or (n == "left" and a is not None)}
+            cells = [format_amount(line.resource, known[n]) if n in known else "–" for n in shown]
             share = (line.used + line.reserved) / line.quota if line.quota else None
             self.ledger.append(LedgerRow([resource_title(line.resource), *cells], share))
         limits = ", ".join(
@@ -81,7 +90,7 @@ class ReportText:
 
     @property
     def headline(self) -> str:
-        """What became of the trials, the best value and what was wasted."""
+        """Outcomes of the trials, the best value and the waste."""
         trials = self._trials.finished
         if not trials:
             return "No trial has finished yet."
@@ -126,10 +135,9 @@ class ReportText:
         return [_driver_row(name, each) for name, all_ in found for each in all_ if each.is_clear]
 
     @property
-    def models(self) -> list[tuple[str, str, list[str]]]:
-        """Title, formula and warnings of each fitted model."""
+    def models(self) -> list[ModelRow]:
         return [
-            (resource_title(name), formula, self._report.model_warnings(name))
+            ModelRow(resource_title(name), formula, self._report.model_warnings(name))
             for name, formula in self._report.formulas.items()
         ]
 

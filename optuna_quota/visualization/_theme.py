@@ -12,7 +12,7 @@ import importlib
 import math
 import sys
 from types import ModuleType
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING, TypeAlias
 
 from optuna_quota._resources import format_amount, get_resource
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+# Here alone, as plotly is imported with the first figure.
+Figure: TypeAlias = "go.Figure"
 MISSING_PLOTLY = "Plots need plotly, which is not installed: pip install 'optuna-quota[plot]'."
 
 BLUE = "#0072B2"
@@ -56,7 +58,7 @@ OUTCOMES: Mapping[str, OutcomeStyle] = {
 }
 
 
-class Unit(NamedTuple):
+class AxisUnit(NamedTuple):
     """A unit for display: ``size`` SI base units."""
 
     symbol: str
@@ -71,16 +73,20 @@ class Unit(NamedTuple):
         return f"{title} ({self.symbol})" if self.symbol else title
 
 
-_BYTES = (Unit("MiB", 2**20), Unit("GiB", 2**30), Unit("TiB", 2**40), Unit("PiB", 2**50))
-_SECONDS = (Unit("ms", 1e-3), Unit("s", 1), Unit("min", 60), Unit("h", 3600), Unit("d", 86400))
-_JOULES = (Unit("J", 1), Unit("Wh", 3600), Unit("kWh", 3.6e6), Unit("MWh", 3.6e9))
-_UNITS: Mapping[str, tuple[Unit, ...]] = {"B": _BYTES, "s": _SECONDS, "J": _JOULES}
+# By SI base unit, from the smallest on.
+_SHOWN: Mapping[str, tuple[str, ...]] = {
+    "B": ("MiB", "GiB", "TiB", "PiB"),
+    "s": ("ms", "s", "min", "h", "d"),
+    "J": ("J", "Wh", "kWh", "MWh"),
+}
 
 
-def unit_for(resource: str, amounts: Iterable[float]) -> Unit:
+def unit_for(resource: str, amounts: Iterable[float]) -> AxisUnit:
     """Return the largest unit in which the largest finite amount is at least 1.5."""
     top = max((a for a in amounts if math.isfinite(a)), default=0.0)
-    units = _UNITS.get(get_resource(resource).unit.symbol, (Unit("", 1),))
+    known = get_resource(resource).unit
+    units = [AxisUnit(symbol, known.units[symbol]) for symbol in _SHOWN.get(known.symbol, ())]
+    units = units or [AxisUnit("", 1)]
     return next((unit for unit in reversed(units) if top >= 1.5 * unit.size), units[0])
 
 
@@ -119,7 +125,7 @@ def axis_range(
     return min([0.0, *shown]), clamp(high * 1.1) if high > 0 else 1.0
 
 
-def padded_range(values: Sequence[float], *, log: bool = False) -> tuple[float, float]:
+def padded_range(values: Sequence[float], *, log: bool) -> tuple[float, float]:
     """Return the range of an axis that need not start at zero."""
     low, high = min(values), max(values)
     if log:
@@ -160,15 +166,19 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def import_plotly(module: str = "plotly.graph_objects") -> ModuleType:
-    """Import a module of plotly, or raise an ImportError that names the extra to install."""
+    return import_optional(module, MISSING_PLOTLY)
+
+
+def import_optional(module: str, missing: str) -> ModuleType:
+    """Import a module, or raise an ImportError that says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(MISSING_PLOTLY) from error
+        raise ImportError(missing) from error
 
 
 def escape(text: str) -> str:
-    """Return text that plotly shows as is: it interprets a few tags, and names may hold some."""
+    """Escape text for plotly, which interprets a few tags that names may contain."""
     return html.escape(text, quote=False).replace("\n", "<br>")
 
 
@@ -183,7 +193,7 @@ def translucent(color: str, opacity: float) -> str:
 
 
 class Point(NamedTuple):
-    """A marker: its place, what shows when the mouse points at it, the ends of a vertical bar."""
+    """A marker: its coordinates, its hover text, and the ends of a vertical bar."""
 
     x: float | str
     y: float
@@ -314,7 +324,7 @@ def layout_of(title: str, subtitle: str = "") -> dict[str, Any]:
         "paper_bgcolor": "#FFFFFF",
         "plot_bgcolor": "#FFFFFF",
         "margin": {"l": 64, "r": 36, "t": 68, "b": 56},
-        # In the right margin, where it covers neither title nor legend.
+        # In the right margin, so that it covers neither title nor legend.
         "modebar": {"orientation": "v"},
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "font": {"family": FONT}},
@@ -337,7 +347,7 @@ def make_figure(
     traces: Sequence[dict[str, Any]],
     x: Mapping[str, Any],
     y: Mapping[str, Any],
-) -> go.Figure:
+) -> Figure:
     """Return a figure with one pair of axes."""
     size_markers(traces)
     layout = {**layout_of(title, subtitle), "xaxis": x, "yaxis": y}
@@ -345,7 +355,7 @@ def make_figure(
 
 
 def size_markers(traces: Sequence[dict[str, Any]]) -> None:
-    """Give all markers one size by their total number, so that no rare outcome stands out."""
+    """Set one size for all markers by their number, so that rare outcomes don't stand out."""
     marked = [trace for trace in traces if trace.get("mode") == "markers"]
     count = sum(len(trace["x"]) for trace in marked)
     size = 9 if count <= 100 else 7 if count <= 500 else 5
@@ -353,7 +363,7 @@ def size_markers(traces: Sequence[dict[str, Any]]) -> None:
         trace["marker"].update(size=size, opacity=0.85 if count < 300 else 0.6)
 
 
-def empty_figure(title: str, reason: str) -> go.Figure:
+def empty_figure(title: str, reason: str) -> Figure:
     """Return a figure without data that says why there is none."""
     layout = layout_of(title)
     layout["annotations"] = [
@@ -372,10 +382,10 @@ def empty_figure(title: str, reason: str) -> go.Figure:
 
 
 def add_limit(
-    figure: go.Figure,
+    figure: Figure,
     resource: str,
     limit: float,
-    unit: Unit,
+    unit: AxisUnit,
     high: float,
     *,
     log: bool = False,

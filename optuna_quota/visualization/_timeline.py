@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 import html
 import textwrap
-from typing import NamedTuple, TYPE_CHECKING
+from typing import NamedTuple
+
+from optuna.study import Study
 
 from optuna_quota._resources import CLOCK_RESOURCES, format_amount, get_resource
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import FinishedTrial, StudyTrials
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    import plotly.graph_objects as go
+from optuna_quota.visualization._theme import Figure
 
 
 _MAX_SUBTITLE = 100
@@ -43,10 +41,10 @@ class Timeline(NamedTuple):
     breach: tuple[float, float] | None
 
 
-def plot_timeline(study: Study, number: int) -> go.Figure:
+def plot_timeline(study: Study, number: int) -> Figure:
     """Plot the usage of one trial over time, with its limit and breach.
 
-    Shown is what was breached; memory of a trial that breached a time limit or none.
+    The resource is the one that was breached, or memory if that was a time limit or none.
 
     Example:
 
@@ -72,7 +70,7 @@ def plot_timeline(study: Study, number: int) -> go.Figure:
 
 
 def timeline_of(trial: FinishedTrial, limits: Mapping[str, float]) -> Timeline:
-    """Return what is drawn of one trial; the limit that it breached replaces one of the study."""
+    """Return the data of one trial's plot; the breached limit replaces one of the study."""
     record, breach = trial.record, trial.record.breach
     resource, points = "memory", list(record.timeline)
     if breach is not None and record.breach_timeline:
@@ -99,8 +97,8 @@ def timeline_of(trial: FinishedTrial, limits: Mapping[str, float]) -> Timeline:
 
 
 class _Axes(NamedTuple):
-    usage: _theme.Unit
-    time: _theme.Unit
+    usage: _theme.AxisUnit
+    time: _theme.AxisUnit
     top: float
     right: float
 
@@ -116,7 +114,7 @@ def _axes(line: Timeline) -> _Axes:
     return _Axes(unit, clock, unit.of(high), clock.of(1.04 * last or 1.0))
 
 
-def timeline_figure(line: Timeline) -> go.Figure:
+def timeline_figure(line: Timeline) -> Figure:
     if not line.points:
         return _theme.empty_figure(line.title, "No timeline was recorded for this trial.")
     axes = _axes(line)

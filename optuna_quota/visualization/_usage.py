@@ -5,37 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import math
 import statistics
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.study import Study
 
+from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._metering.breach import is_breach
+from optuna_quota._records import Interval
 from optuna_quota._resources import format_amount
 from optuna_quota._units import counted
-from optuna_quota.visualization import _theme
-from optuna_quota.visualization._data import (
-    by_outcome,
-    FinishedTrial,
-    predict_intervals,
-    StudyTrials,
-)
-from optuna_quota.visualization._theme import Point
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.study import Study
-    import plotly.graph_objects as go
-
-    from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._records import Interval
+from optuna_quota.visualization import _data, _theme
+from optuna_quota.visualization._theme import Figure, Point
 
 
 _STEPS = 25
 _COLUMNS = 4
 
 
-def plot_usage(study: Study, *, resource: str = "memory") -> go.Figure:
+def plot_usage(study: Study, *, resource: str = "memory") -> Figure:
     """Plot the usage of each trial by outcome, with the limit in force.
 
     Markers of terminated trials point up: their usage is a lower bound. A rejected trial, which
@@ -57,10 +46,10 @@ def plot_usage(study: Study, *, resource: str = "memory") -> go.Figure:
     Raises:
         ImportError: If plotly is not installed.
     """
-    return usage_figure(StudyTrials(study), resource)
+    return usage_figure(_data.StudyTrials(study), resource)
 
 
-def usage_figure(trials: StudyTrials, resource: str) -> go.Figure:
+def usage_figure(trials: _data.StudyTrials, resource: str) -> Figure:
     name = _theme.resource_title(resource)
     title = f"{name} of each trial"
     shown = [t for t in trials.finished if _amount(t, resource) is not None]
@@ -80,7 +69,7 @@ def usage_figure(trials: StudyTrials, resource: str) -> go.Figure:
                 _theme.OUTCOMES[outcome],
                 [_usage_point(trial, resource, unit) for trial in group],
             )
-            for outcome, group in by_outcome(shown).items()
+            for outcome, group in _data.by_outcome(shown).items()
         ],
         _theme.axis("Trial"),
         _theme.axis(unit.axis_title(name), (low, high), log=log),
@@ -91,7 +80,7 @@ def usage_figure(trials: StudyTrials, resource: str) -> go.Figure:
     return figure
 
 
-def _amount(trial: FinishedTrial, resource: str) -> float | None:
+def _amount(trial: _data.FinishedTrial, resource: str) -> float | None:
     """Return what a trial used, or was projected to use if it was rejected."""
     if resource in trial.amounts or trial.outcome != "rejected":
         return trial.amounts.get(resource)
@@ -99,7 +88,7 @@ def _amount(trial: FinishedTrial, resource: str) -> float | None:
     return None if projected is None else projected.median
 
 
-def _usage_point(trial: FinishedTrial, resource: str, unit: _theme.Unit) -> Point:
+def _usage_point(trial: _data.FinishedTrial, resource: str, unit: _theme.AxisUnit) -> Point:
     if resource in trial.amounts:
         return Point(trial.number, unit.of(trial.amounts[resource]), trial.hover(resource))
     projected = trial.record.footprint[resource]
@@ -108,7 +97,9 @@ def _usage_point(trial: FinishedTrial, resource: str, unit: _theme.Unit) -> Poin
     return Point(trial.number, unit.of(projected.median), hover, bounds)
 
 
-def _finding(trials: StudyTrials, shown: Sequence[FinishedTrial], resource: str) -> str:
+def _finding(
+    trials: _data.StudyTrials, shown: Sequence[_data.FinishedTrial], resource: str
+) -> str:
     ran = [t.amounts[resource] for t in shown if resource in t.amounts]
     limit, parts = trials.limits.get(resource), []
     if ran:
@@ -129,7 +120,7 @@ def plot_usage_slice(
     resource: str = "memory",
     params: Sequence[str] | None = None,
     footprint: Footprint | None = None,
-) -> go.Figure:
+) -> Figure:
     """Plot usage against each hyperparameter, with a model's prediction and its 90% band.
 
     The predictions vary one hyperparameter and hold the others at their median or most frequent
@@ -154,13 +145,13 @@ def plot_usage_slice(
         ValueError: If a name in ``params`` is not a hyperparameter of a finished trial.
         ImportError: If plotly is not installed.
     """
-    trials = StudyTrials(study)
+    trials = _data.StudyTrials(study)
     if params is None:
         params = varied_params(trials.with_usage(resource))
     return usage_slice_figure(trials, resource, params, footprint)
 
 
-def varied_params(trials: Sequence[FinishedTrial]) -> list[str]:
+def varied_params(trials: Sequence[_data.FinishedTrial]) -> list[str]:
     """Return the hyperparameters that had more than one value."""
     seen: dict[str, set[str]] = {}
     for trial in trials:
@@ -179,7 +170,7 @@ class _Slice(NamedTuple):
 
     param: str
     distribution: BaseDistribution
-    trials: list[FinishedTrial]
+    trials: list[_data.FinishedTrial]
     predicted: list[tuple[Any, Interval]]
 
     @property
@@ -201,7 +192,7 @@ class _Slice(NamedTuple):
 
 
 def _slices(
-    trials: StudyTrials, resource: str, params: Sequence[str], footprint: Footprint | None
+    trials: _data.StudyTrials, resource: str, params: Sequence[str], footprint: Footprint | None
 ) -> list[_Slice]:
     space = {name: d for t in trials.finished for name, d in t.trial.distributions.items()}
     unknown = [name for name in params if name not in space]
@@ -218,7 +209,7 @@ def _slices(
         if found.trials and footprint is not None:
             values = found.choices or _grid(found)
             points = [{**typical, name: value} for value in values]
-            intervals = predict_intervals(footprint, points, resource)
+            intervals = _data.predict_intervals(footprint, points, resource)
             pairs = zip(values, intervals, strict=True)
             found.predicted.extend((value, each) for value, each in pairs if each is not None)
         slices.append(found)
@@ -237,7 +228,7 @@ def _grid(found: _Slice) -> list[float]:
 
 
 def _typical_params(
-    trials: Sequence[FinishedTrial], space: Mapping[str, BaseDistribution]
+    trials: Sequence[_data.FinishedTrial], space: Mapping[str, BaseDistribution]
 ) -> dict[str, Any]:
     """Return the median or most frequent value of each parameter that half of the trials have."""
     typical = {}
@@ -254,8 +245,8 @@ def _typical_params(
 
 
 def usage_slice_figure(
-    trials: StudyTrials, resource: str, params: Sequence[str], footprint: Footprint | None
-) -> go.Figure:
+    trials: _data.StudyTrials, resource: str, params: Sequence[str], footprint: Footprint | None
+) -> Figure:
     """Return the figure of :func:`plot_usage_slice`: up to four panels in a row."""
     slices = _slices(trials, resource, params, footprint)
     name = _theme.resource_title(resource)
@@ -292,9 +283,9 @@ def usage_slice_figure(
     return figure
 
 
-def _traces(found: _Slice, resource: str, unit: _theme.Unit) -> list[dict[str, Any]]:
+def _traces(found: _Slice, resource: str, unit: _theme.AxisUnit) -> list[dict[str, Any]]:
     traces = []
-    for outcome, group in by_outcome(found.trials).items():
+    for outcome, group in _data.by_outcome(found.trials).items():
         points = [
             Point(
                 found.x(t.trial.params[found.param]),

@@ -41,7 +41,7 @@ def test_requests_hold_every_completed_trial() -> None:
 def test_the_share_that_is_held_counts_the_resources_together() -> None:
     study = power_law_study(40)
     advice = only_advice(study, "requests")
-    assert "of fresh trials like those that completed" in str(advice)
+    assert "of further trials like the completed ones" in str(advice)
     held = advice.figures["share_held"]
     rng = np.random.default_rng(0)
 
@@ -79,7 +79,7 @@ def test_a_container_requests_nothing_where_only_time_is_known() -> None:
     assert snippets.keys() == {"sbatch"}
     time, share = snippets["sbatch"].splitlines()
     assert time == "#SBATCH --time=00:01:00"
-    assert share.startswith("# Holds at least 77% of fresh trials")
+    assert share.startswith("# Holds for at least 77% of further trials")
 
 
 def test_n_jobs_fits_the_memory_quota() -> None:
@@ -120,7 +120,7 @@ def test_requests_count_the_trials_that_may_need_more(ended: int, text: str) -> 
     space = {"x": FloatDistribution(0, 1)}
     breach = terminated({"x": 0.2}, Usage(wall_time=3.0, memory=2e9), "memory", 2e9, space)
     trials = [finished({"x": 0.1}, Usage(wall_time=6.0, memory=1e9), space) for _ in range(20)]
-    # One that was terminated for the quota says nothing of what it needs.
+    # A trial that was terminated for the quota does not show what it needs.
     last = terminated({"x": 0.2}, Usage(wall_time=1.0), "wall_time", 1.0, space, quota=True)
     trials.append(last)
     # One that completed over a limit, as none stopped it, is counted by its usage.

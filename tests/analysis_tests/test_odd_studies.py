@@ -350,6 +350,7 @@ def test_trial_table_of_odd_studies(make: Callable[[], optuna.Study]) -> None:
     [
         (empty, "no trial has finished, nothing to analyze yet"),
         (all_terminated, "No model of memory: 0 trials were observed to their end, 8 are needed."),
+        (one_trial, "No model of memory: 1 trial was observed to its end, 8 are needed."),
         (constant_parameters, "No model of memory: no hyperparameter varied."),
         (constant_usage, "No model of memory: every trial used the same."),
         (no_usage_at_all, "finished: 10 completed"),
@@ -359,6 +360,10 @@ def test_trial_table_of_odd_studies(make: Callable[[], optuna.Study]) -> None:
 )
 def test_the_summary_says_what_is_missing(make: Callable[[], optuna.Study], sentence: str) -> None:
     assert sentence in " ".join(analyze(make()).summary().split())
+
+
+def test_nothing_drives_what_all_trials_used_alike() -> None:
+    assert "memory" not in analyze(constant_usage()).drivers
 
 
 def test_a_nearly_perfect_fit_has_no_negative_variance() -> None:

@@ -31,6 +31,14 @@ def dated(start: float, seconds: float, value: float = 1.0, **attrs: Any) -> Any
     return row
 
 
+def test_a_saving_of_trials_without_a_timeline_is_a_lower_bound() -> None:
+    known, unknown = Limits(cpu_time=5), Limits(memory=2e9)
+    study = study_of(trial(memory=5e9, wall_time=20.0, cpu_time=10.0))
+
+    assert "when 1 trial reached the limit is unknown" in replay(study, limits=unknown).summary()
+    assert "reached the limit" not in replay(study, limits=known).summary()
+
+
 def test_a_memory_limit_terminates_trials_over_it() -> None:
     study = study_of(
         trial(3.0, memory=1e9, wall_time=10.0),
@@ -65,7 +73,7 @@ def test_a_memory_limit_saves_nothing_without_a_timeline() -> None:
 
 def test_a_timeline_gives_the_time_of_the_breach() -> None:
     row = trial(memory=5e9, wall_time=20.0, cpu_time=40.0)
-    row.set_user_attr("quota:timeline", [[0.0, 1e9], [5.0, 4.5e9], [20.0, 5e9]])
+    row.system_attrs = {"quota:timeline": [[0.0, 1e9], [5.0, 4.5e9], [20.0, 5e9]]}
 
     report = replay(study_of(row), limits=Limits(memory="4GB"))
 
@@ -144,7 +152,7 @@ def test_a_held_quota_terminates_trials_that_exceed_it_alone() -> None:
 
 def test_a_trial_over_two_held_quotas_ends_at_the_first_that_it_reaches() -> None:
     row = trial(memory=5e9, gpu_memory=9e9, wall_time=10.0)
-    row.set_user_attr("quota:timeline", [[0.0, 1e9], [4.0, 5e9]])
+    row.system_attrs = {"quota:timeline": [[0.0, 1e9], [4.0, 5e9]]}
 
     report = replay(study_of(row), quota=Quota(gpu_memory="8GB", memory="4GB"))
 
@@ -206,7 +214,7 @@ def test_several_objectives_have_a_pareto_front() -> None:
     report = replay(study, limits=Limits(memory="4GB"))
 
     assert report.best == [0, 1] and report.best_lives is False
-    assert "1 of the 2 trials of the Pareto front would have completed." in report.summary()
+    assert "1 of 2 trials of the Pareto front would have completed." in report.summary()
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import optuna
@@ -33,7 +34,7 @@ LIMIT = 3e9
 
 
 def study_with_breaches(
-    n: int = 120, *, over: str = "product", best_inside: bool = False
+    n: int = 120, *, over: str = "product", best_inside: bool = False, quota: bool = False
 ) -> optuna.Study:
     """Breaches depend on two parameters, on one, or on chance."""
     rng = np.random.default_rng(0)
@@ -48,11 +49,15 @@ def study_with_breaches(
         value = abs(math.log(params["lr"]) + 7) + 1.0
         if breached and not (best_inside and i % 2):
             usage = Usage(memory=LIMIT, wall_time=1.0)
-            trials.append(terminated(params, usage, "memory", LIMIT, SPACE))
+            trials.append(terminated(params, usage, "memory", LIMIT, SPACE, quota=quota))
         else:
             value = 0.5 if breached else value
             trials.append(finished(params, Usage(memory=1e9, wall_time=10.0), SPACE, value=value))
     return study_of(*trials)
+
+
+def test_breaches_of_the_quota_say_nothing_of_the_points() -> None:
+    assert not advice_on(study_with_breaches(over="width", quota=True), "search space")
 
 
 def test_a_rule_with_a_condition() -> None:
@@ -182,3 +187,24 @@ def test_the_objective_is_fitted_once_and_only_to_compare_points(
     report = analyze(study_of(*breaching))
     assert set(report.table["censored_by"].dropna()) == {"memory", "cpu_time"}
     assert (report.advice is not None, report.cheaper_space, len(fits)) == (True, None, 1)
+
+
+def test_of_many_parameters_only_few_bounds_are_paired() -> None:
+    rng = np.random.default_rng(0)
+    space = {f"p{i}": FloatDistribution(0.01, 1) for i in range(60)}
+    trials = []
+    for _ in range(60):
+        params = draw(space, rng)
+        usage = Usage(wall_time=params["p1"] ** 2, memory=1e9)
+        trials.append(finished(params, usage, space, value=params["p0"] + params["p1"]))
+    report = analyze(study_of(*trials))
+    tracemalloc.start()
+    try:
+        found = report.cheaper_space
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found is not None
+    assert [bound.split()[0] for bound in found.bounds] == ["p1"]
+    # All pairs took 370 MiB, and it grows with the square of their number.
+    assert peak < 150 * 2**20

@@ -50,6 +50,20 @@ def test_a_wide_scatter_is_formatted_without_an_exponent() -> None:
     assert all(figure.replace(".", "", 1).isdigit() for figure in shown)
 
 
+def test_figures_beside_a_constant_are_said_to_be_of_all_terms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "all terms together" not in analyze(power_law_study(40)).summary()
+
+    report = analyze(power_law_study(40))
+    model = report.models["memory"]
+    assert model.has_clear_term
+    monkeypatch.setitem(vars(model), "formula", "memory = 1 GiB (no single term is clear)")
+    text = " ".join(report.summary().split())
+    assert "memory = 1 GiB (no single term is clear) With all terms together:" in text
+    assert "rows correlates with the memory, but which term has the effect" in text
+
+
 def test_trials_that_finish_after_the_analysis_are_not_in_it() -> None:
     study = power_law_study(20)
     report, as_it_was = analyze(study), analyze(power_law_study(20)).summary()
@@ -90,6 +104,7 @@ def test_audits_give_the_rate_of_false_refusals() -> None:
         trial_with({"action": "audited"}, "completed"),
         *[trial_with({"action": "audited"}, "terminated", breach=BREACH) for _ in range(3)],
         trial_with({"action": "audited"}, "pruned"),
+        trial_with({"action": "audited"}, "terminated", breach={**BREACH, "quota": True}),
         trial_with({"action": 7}, "completed"),
         trial_with("junk", "completed"),
         create_trial(value=1.0),

@@ -11,12 +11,12 @@ import sys
 import pytest
 
 from optuna_quota._doctor import Finding
-from optuna_quota.cli import doctor, output
+from optuna_quota.cli import common, doctor
 from tests.cli_tests.commands import run_command, run_process
 
 
 FINE = Finding("stopping", "kernel memory limit", "ok", "It is enforced.")
-LESS = Finding("measuring", "CPU energy", "degraded", "Found " + "word " * 30, "Less.", "Mend it.")
+LESS = Finding("measuring", "CPU energy", "degraded", "Found " + "word " * 30, "Less.", "Fix it.")
 GONE = Finding("software", "plotly", "missing", "Not installed.", "No figures.", "pip install it")
 
 
@@ -62,15 +62,15 @@ def test_colour_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert not output.has_colour()
+    assert not common.has_colour()
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        assert output.has_colour()
-        assert output.styled("x", "red") == "\x1b[31mx\x1b[0m"
-        output.write_line(f"{output.styled('x', 'red')}\x1b[2J")
+        assert common.has_colour()
+        assert common.styled("x", "red") == "\x1b[31mx\x1b[0m"
+        common.write_line(f"{common.styled('x', 'red')}\x1b[2J")
         terminal.flush()
         assert os.read(leader, 99) == b"\x1b[31mx\x1b[0m [2J\r\n"
         monkeypatch.setenv("NO_COLOR", "1")
-        assert output.styled("x", "bold") == "x"
+        assert common.styled("x", "bold") == "x"
     os.close(leader)

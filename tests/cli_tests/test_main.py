@@ -10,7 +10,7 @@ import pytest
 
 from optuna_quota import __version__
 from optuna_quota.cli import doctor
-from optuna_quota.cli.arguments import UsageError
+from optuna_quota.cli.common import UsageError
 from optuna_quota.cli.main import build_parser, main
 from tests.cli_tests.commands import ROOT, run_command, run_process
 

@@ -12,14 +12,14 @@ from tests.cli_tests.commands import run_command, run_process
 STATED = ("project", "--n-trials", "200", "--footprint", "memory=2GiB,wall_time=90s")
 
 
-def test_what_fits_has_status_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_strategy_that_fits_has_status_0(capsys: pytest.CaptureFixture[str]) -> None:
     result = run_command(capsys, *STATED, "--quota", "wall_time=6h")
     assert result.status == 0
     assert result.out.startswith("Fits: 200 trials; probability 100%")
     assert "Nearest" not in result.out
 
 
-def test_what_does_not_fit_has_status_3_and_a_nearest_strategy(
+def test_a_strategy_that_does_not_fit_has_status_3_and_a_nearest_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     result = run_command(capsys, *STATED, "--n-jobs", "2", "--quota", "wall_time=2h,memory=8GiB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import optuna
 import pytest
 
 from tests.cli_tests.commands import run_command, run_process
@@ -49,6 +50,20 @@ def test_more_trials_are_projected(tuned: str, capsys: pytest.CaptureFixture[str
     assert (few.status, many.status) == (0, 3)
     assert "Projected end" in few.out
     assert "does not fit" in many.out
+
+
+def test_a_projected_trial_is_ended_by_the_study_s_limits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(storage=url)
+    study.set_user_attr("quota:limits", {"wall_time": 5})
+    study.add_trials([optuna.create_trial(value=1, user_attrs={"quota:wall_time": 10.0})] * 9)
+    arguments = ("status", "--storage", url, "--n-trials", "10", "--format", "json")
+    result = run_command(capsys, *arguments)
+    rows = {row["resource"]: row for row in result.json["projection"]["resources"]}
+    assert rows["trial_time"]["used"] == 90
+    assert rows["trial_time"]["upper"] == pytest.approx(90 + 10 * 5, rel=0.01)
 
 
 def test_a_study_that_ran_without_the_library_has_a_status(

@@ -5,8 +5,21 @@ from __future__ import annotations
 from hypothesis import given, strategies as st
 import pytest
 
-from optuna_quota.dashboard._notes import bar, BEGIN, code, END, escape, replace_block, table
+from optuna_quota import analyze
+from optuna_quota.dashboard._publish import (
+    bar,
+    BEGIN,
+    code,
+    END,
+    escape,
+    replace_block,
+    study_note,
+    table,
+)
+from optuna_quota.visualization._data import StudyTrials
+from optuna_quota.visualization._report_text import ReportText
 from tests.dashboard_tests.notes import block_of
+from tests.utilization_tests.test_formula import flawed_study
 
 
 PEOPLE = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=80)
@@ -102,3 +115,13 @@ def test_a_table_aligns_its_numbers() -> None:
 def test_a_bar_is_full_at_most(share: float, filled: int) -> None:
     assert bar(share).count("█") == filled
     assert bar(share).endswith(f"{100 * share:.0f}%")
+
+
+def test_only_formulas_are_set_as_code() -> None:
+    for change, line in (
+        ("twins", "- `memory = "),
+        ("bend", "- memory follows no floor plus power"),
+    ):
+        study = flawed_study(change)
+        note = study_note(ReportText(StudyTrials(study), analyze(study)), str)
+        assert f"#### Fitted models\n\n{line}" in note

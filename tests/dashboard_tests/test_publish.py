@@ -28,8 +28,7 @@ from optuna_quota._records import Interval, TrialRecord
 from optuna_quota._usage import Breach
 from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard import _publish, publish, Publisher
-from optuna_quota.dashboard._notes import END
-from optuna_quota.dashboard._publish import IMAGE, publish_report
+from optuna_quota.dashboard._publish import END, IMAGE, publish_report
 from tests.dashboard_tests.notes import block_of
 from tests.visualization_tests.studies import add_row, empty_study, made_study
 
@@ -186,6 +185,18 @@ def test_a_trials_note_has_its_reason_usage_and_image(tmp_path: Path) -> None:
     svg = (tmp_path / meta["artifact_id"]).read_text()
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert "limit 1 GiB" in svg and "script" not in svg
+
+
+def test_a_trial_that_was_stopped_before_it_held_any_memory_has_a_note(tmp_path: Path) -> None:
+    study = empty_study(limits=Limits(wall_time=1))
+    breach = Breach("wall_time", 1.0, 1.1, 1.1)
+    usage = Usage(memory=0, wall_time=1.1)
+    add_row(study, TrialRecord(usage, "terminated", breach.reason, breach, timeline=((1.1, 0),)))
+    publish(study, artifact_store=FileSystemArtifactStore(str(tmp_path)))
+    assert "Time limit of 1 s exceeded" in attributes(study)["dashboard:0:note_str:0"].replace(
+        "\u00a0", " "
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rejected_trials_note_has_its_projection() -> None:

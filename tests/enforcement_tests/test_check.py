@@ -65,6 +65,12 @@ def test_ask_and_tell(which: str) -> None:
         assert record.reason is not None and record.reason.startswith(str(caught.value)[:30])
 
 
+@pytest.mark.parametrize("given", [None, 1, "trial", optuna.create_study()])
+def test_what_is_no_trial_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match="`trial` must be an Optuna trial but got"):
+        check(given)
+
+
 def test_trials_without_a_study_or_limits_are_not_checked() -> None:
     check(optuna.trial.FixedTrial({"x": 1}))
     check(optuna.create_study().ask())

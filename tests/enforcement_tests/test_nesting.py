@@ -30,7 +30,7 @@ ROOM = Limits(wall_time="1h")
 
 
 class Held(BasePruner):
-    """Holds pruners in some way, and answers from their answers."""
+    """Holds pruners in some way, and combines their decisions."""
 
     def __init__(self, held: Any, answer: Callable[..., bool] = any) -> None:
         self.held = held
@@ -86,7 +86,7 @@ def test_it_is_found(way: str) -> None:
 
 def test_nothing_else_is_found() -> None:
     other = optuna.create_study(pruner=QuotaPruner(limits=LIMITS))
-    # The pruner of another study is none of this one's.
+    # The pruner of another study does not belong to this one.
     for pruner in (MedianPruner(), HyperbandPruner(), Held([other, QuotaPruner, optuna])):
         assert find_nested(pruner, QuotaPruner) == []
         assert quota_pruners(pruner) == []

@@ -65,6 +65,14 @@ def test_an_objective_in_the_place_of_the_study_is_an_error_at_once() -> None:
     assert not study.trials
 
 
+@pytest.mark.parametrize("signals", [signal.SIGTERM, ("SIGTERM",), (signal.SIGKILL,), (999,)])
+def test_what_is_no_signal_to_handle_is_an_error_at_once(signals: Any) -> None:
+    with pytest.raises(ValueError, match="`signals` must be .* but got"):
+        preemptible(optuna.create_study(), signals)
+    with pytest.raises(TypeError, match="`requeue` must be True or False but got 3"):
+        preemptible(optuna.create_study(), requeue=3)  # type: ignore[arg-type]
+
+
 def make_study(kind: str, storage: InMemoryStorage | None = None) -> optuna.Study:
     sampler = optuna.samplers.RandomSampler(seed=1)
     if kind == "plain":

@@ -196,6 +196,8 @@ def test_alone_it_closes_monitors_of_trials_that_ended() -> None:
     [
         ({"base_pruner": "median", "limits": ROOM}, "`base_pruner`"),
         ({"limits": {"memory": 1}}, "`limits`"),
+        ({"interrupt": 5}, "`interrupt` must be True or False but got 5"),
+        ({"meters": 5}, "`meters` must be a sequence of meters but got 5"),
         ({"base_pruner": ROOM}, r"Pass it as `limits=Limits\(…\)`"),
     ],
 )

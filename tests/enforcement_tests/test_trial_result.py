@@ -1,4 +1,4 @@
-"""The outcome and reason in a trial's row, for every way in which it can end."""
+"""The outcome and reason in a trial's row, however it ends."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -44,3 +46,16 @@ def test_features_outlive_their_distributions() -> None:
     features = Features.of([SPACE])
 
     assert Features.of([features.distributions()]) == features
+
+
+def test_thousands_of_choices_are_told_apart_at_once() -> None:
+    names = [f"choice {index}" for index in range(4000)]
+    began = time.process_time()
+    # As a storage returns them: one distribution for each trial.
+    features = Features.of([{"c": CategoricalDistribution(names)} for _ in range(5)])
+    columns = features.scale([{"c": name} for name in names[::100]])
+    # 15 ms; 6 s where each choice is compared with all others.
+    assert time.process_time() - began < 1
+    assert features.width == 4000
+    assert (columns.argmax(axis=1) == range(0, 4000, 100)).all()
+    assert (columns == 1).sum() == 40

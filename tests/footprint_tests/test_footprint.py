@@ -17,7 +17,7 @@ from optuna.distributions import (
 import pytest
 
 from optuna_quota import Footprint, Limits, Usage
-from optuna_quota._footprint import resource_model
+from optuna_quota._footprint import gaussian_process, resource_model
 from optuna_quota._footprint.footprint import transferred_observations
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.resource_model import ResourceModel
@@ -405,13 +405,13 @@ def test_unlikely_floors_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> No
     rows = [replace(row, usage=Usage(memory=row.usage.memory)) for row in wide]
     start = Footprint.fit(rows[:50])
     searched: list[int] = []
-    search = resource_model.fit_hyperparameters
+    search = gaussian_process.fit_hyperparameters
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         searched.append(len(args[0]))
         return search(*args, **kwargs)
 
-    monkeypatch.setattr(resource_model, "fit_hyperparameters", counted)
+    monkeypatch.setattr(gaussian_process, "fit_hyperparameters", counted)
     few = Footprint.fit(rows, start=start).contents.models["memory"]
     n_few = len(searched)
     monkeypatch.setattr(resource_model, "_FLOOR_MARGIN", np.inf)

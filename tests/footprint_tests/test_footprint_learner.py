@@ -26,6 +26,15 @@ def trial_of(row: Observation, state: TrialState = TrialState.COMPLETE) -> Froze
     )
 
 
+def test_a_trial_that_was_rejected_says_nothing_of_isolation() -> None:
+    trials = [trial_of(row) for row in draw_rows(2)]
+    trials[0].user_attrs["quota:isolation"] = "process"
+    trials[1].user_attrs = {"quota:outcome": "rejected"}
+    learner = Learner()
+    learner.learn(trials)
+    assert learner.isolated
+
+
 def test_each_finished_trial_is_read_once() -> None:
     rows = draw_rows(30)
     learner = Learner()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -116,3 +117,20 @@ def test_moments_of_one_stopped_trial(stopped_at: float, rate: float) -> None:
     expected = float(density @ f)
     assert mean == pytest.approx(expected, abs=0.02)
     assert variance == pytest.approx(float(density @ (f - expected) ** 2), rel=0.02, abs=0.002)
+
+
+def test_hundreds_of_columns_take_little_longer_than_some() -> None:
+    rng = np.random.default_rng(0)
+
+    def seconds(n_columns: int) -> float:
+        columns = rng.uniform(-1, 1, (30, n_columns))
+        target = columns[:, 0] + 0.1 * rng.standard_normal(30)
+        began = time.process_time()
+        found = fit_hyperparameters(columns, target / target.std())
+        took = time.process_time() - began
+        # The first column's length is the shortest.
+        assert found[3 : 3 + n_columns].argmin() == 0
+        return took
+
+    # 4 times as long; 100 times by BFGS.
+    assert min(seconds(400) for _ in range(3)) < 30 * min(seconds(60) for _ in range(3))

@@ -10,6 +10,7 @@ from optuna_quota._footprint.numerics import (
     invert,
     orthonormal,
     product,
+    solve,
     square_root,
 )
 
@@ -38,6 +39,13 @@ def test_factor_inverse_and_determinant(n: int) -> None:
     inverse, log_determinant = invert(matrix)
     assert inverse @ matrix == pytest.approx(np.eye(n), abs=1e-9)
     assert log_determinant == pytest.approx(np.linalg.slogdet(matrix)[1])
+
+
+@pytest.mark.parametrize("n", [1, 64, 65, 250])
+def test_a_system_is_solved_where_the_last_direction_has_the_wrong_sign(n: int) -> None:
+    matrix, columns = covariance(n), np.random.default_rng(0).standard_normal((n, 2))
+    matrix[-1, -1] = -matrix[-1, -1]
+    assert matrix @ solve(matrix, columns) == pytest.approx(columns, abs=1e-9)
 
 
 @pytest.mark.parametrize("n", [40, 240])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from optuna.distributions import FloatDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 import pytest
 
 from optuna_quota import Footprint, Limits, project, Quota, Strategy, Usage
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.resource_model import fit_resource, Predictive, ResourceData
+from optuna_quota._footprint.predictive import Predictive
+from optuna_quota._footprint.resource_model import fit_resource, ResourceData
 from optuna_quota._projection.projection import ProjectedResource
 from tests.footprint_tests.test_footprint import draw_rows, truth
 
@@ -124,3 +125,39 @@ def test_trials_that_are_all_stopped_show_a_slower_processor_too() -> None:
 
     # Lower bounds show a part of it; without them it would be 0.5.
     assert np.median(expected[near] / now[near]) > 0.6
+
+
+def test_larger_sizes_are_expected_to_take_longer_until_trials_say_otherwise() -> None:
+    space = {name: IntDistribution(1, 1000, log=True) for name in "abc"}
+
+    def found(n_trials: int, power: float) -> float:
+        generator = np.random.default_rng(2)
+        sizes = np.exp(generator.uniform(0, np.log(1000), (n_trials, 3))).round()
+        seconds = np.prod(sizes, axis=1) ** power * np.exp(0.1 * generator.normal(size=n_trials))
+        rows = [
+            Observation(dict(zip("abc", map(int, each), strict=True)), space, Usage(cpu_time=t))
+            for each, t in zip(sizes, seconds.tolist(), strict=True)
+        ]
+        small, large = (dict.fromkeys("abc", each) for each in (1, 1000))
+        expected = Footprint.fit(rows).expected([small, large])["cpu_time"].quantile(0.5)
+        return float(np.log(expected[1] / expected[0]) / np.log(1000**3))
+
+    assert found(1, 0.3) > 0.02
+    assert found(3, 0.3) > 0.05 - found(3, -0.3)
+    for power in (0.3, -0.3):
+        assert found(40, power) == pytest.approx(power, rel=0.1)
+
+
+def test_draws_and_residuals_include_the_expected_slopes() -> None:
+    generator = np.random.default_rng(0)
+    columns = generator.uniform(-1, 1, (20, 2))
+    amounts = 1 + np.exp(columns @ [1.0, 0.3] + 0.1 * generator.standard_normal(20))
+    slopes = np.array([0.8, 0.3])
+    model = fit_resource(ResourceData.exact(columns, amounts, floors=(0.9,), slopes=slopes))
+    others = generator.uniform(-1, 1, (5, 2))
+    drawn = np.median(model.draw(others, 4000, generator), axis=0)
+    assert drawn == pytest.approx(model.predict(others).quantile(0.5), rel=0.03)
+    # Residuals of the logarithm above the floor, of which the amount's moves by a share.
+    above = model.scale * model.process.leave_one_out()[0]
+    shares = (amounts - model.floor) / amounts
+    assert model.log_leave_one_out()[0] == pytest.approx(above * shares)

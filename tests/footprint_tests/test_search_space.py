@@ -54,6 +54,12 @@ LAYERS = [
         ({"n": 1, "u0": 9}, LAYERS, [{"n": 1, "u0": 9}]),
         ({"n": 3, "u0": 9}, LAYERS, []),
         ({"n": 3, "u0": 9, "u1": 9}, LAYERS, []),
+        # A choice may be a list.
+        (
+            {"n": 2, "shape": [1]},
+            [{"n": 1, "shape": [1, 2], "w": 3}, {"n": 2, "shape": [1], "w": 4}],
+            [{"n": 2, "shape": [1], "w": 4}, {"n": 2, "shape": [1], "w": 3}],
+        ),
         # One trial does not tell whether a whole number decides.
         ({"n": 3, "u0": 9}, LAYERS[:1], []),
     ],

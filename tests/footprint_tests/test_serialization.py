@@ -53,9 +53,9 @@ def test_an_unknown_version_says_what_to_do(footprint: Footprint) -> None:
 
 
 def test_too_many_columns_are_not_written() -> None:
-    space = {"x": CategoricalDistribution([str(i) for i in range(501)])}
+    space = {"x": CategoricalDistribution([str(i) for i in range(2001)])}
     footprint = Footprint.fit([Observation({"x": "0"}, space, Usage(memory=1e9))])
-    with pytest.raises(ValueError, match="at most 500 columns"):
+    with pytest.raises(ValueError, match="at most 2000 columns"):
         footprint.to_json()
 
 
@@ -104,6 +104,18 @@ def test_choices_that_json_lacks_are_kept_as_text(odd: float, others: list[float
         assert copied.predict({"norm": choice}).equals(footprint.predict({"norm": choice}))
 
 
+@pytest.mark.parametrize(("low", "high"), [(1e301, 1e307), (1e-320, 1e-305)])
+def test_the_largest_and_the_smallest_numbers_are_kept(low: float, high: float) -> None:
+    space = {"x": FloatDistribution(low, high, log=True)}
+    rows = [
+        Observation({"x": float(x)}, space, Usage(memory=float(x), wall_time=1.0))
+        for x in np.geomspace(low * 1.01, high * 0.99, 9)
+    ]
+    footprint = Footprint.fit(rows)
+    copied = Footprint.from_json(footprint.to_json())
+    assert copied.predict(rows[3].params).equals(footprint.predict(rows[3].params))
+
+
 def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
     def change(document: dict[str, Any]) -> None:
         place: Any = document
@@ -131,7 +143,7 @@ def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
         _set(["features", 0, "scale"], "__import__('os')"),
         _set(["features", 0, "scale"], ["log"]),
         _set(["features", 1, "choices"], []),
-        _set(["features", 1, "choices"], [str(i) for i in range(501)]),
+        _set(["features", 1, "choices"], [str(i) for i in range(2001)]),
         _set(["points", 0, "usage"], {f"meter_{i}": 1.0 for i in range(51)}),
         _set(["features", 1, "choices"], [[1], {}]),
         _set(["features", 1, "name"], "depth"),

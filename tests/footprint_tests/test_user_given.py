@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import pickle
 import time
 from typing import Any
@@ -25,6 +25,7 @@ from optuna_quota import (
     Usage,
 )
 from optuna_quota._footprint import user_given
+from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.user_given import (
     AskedOnce,
     CalibratedFootprint,
@@ -39,6 +40,7 @@ from tests.footprint_tests.test_footprint import draw_rows, truth
 
 ROWS = draw_rows(12, seed=3, noise=0.05)
 LARGE = {"width": 1024, "depth": 8, "kind": "b"}
+SMALL = {"width": 8, "depth": 1, "kind": "a"}
 
 
 def a_third(params: Mapping[str, Any]) -> Usage:
@@ -51,8 +53,8 @@ def nonsense(params: Mapping[str, Any]) -> Usage:
     return Usage(memory=1e9 * jump, wall_time=jump)
 
 
-def corrected(function: Any) -> CalibratedFootprint:
-    return FootprintCalibrator(UserFootprint(function)).calibrate(Footprint.fit(ROWS), ROWS)
+def corrected(function: Any, rows: Sequence[Observation] = ROWS) -> CalibratedFootprint:
+    return FootprintCalibrator(UserFootprint(function)).calibrate(Footprint.fit(rows), rows)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,14 @@ def test_a_constant_factor_is_calibrated_everywhere() -> None:
     limits = Limits(memory=(expected.memory or 0) / 2)
     assert UserFootprint(a_third).probability(LARGE, limits) == 0
     assert corrected(a_third).probability(LARGE, limits) > 0.9
+
+
+def test_a_right_formula_is_right_everywhere_from_the_first_trial_on() -> None:
+    # Times are expected to rise with sizes, but not their ratio to what a formula says.
+    right = corrected(truth, ROWS[:1])
+    for params in (SMALL, LARGE):
+        expected = right.intervals(params)["wall_time"].median
+        assert expected / truth(params).amounts()["wall_time"] == pytest.approx(1, abs=0.15)
 
 
 def test_a_useless_formula_is_not_used() -> None:
@@ -182,6 +192,23 @@ def test_failures_are_remembered_and_copies_ask_again() -> None:
     assert again.seconds is None
 
 
+@pytest.mark.parametrize("error", [KeyError("width"), ZeroDivisionError("width")])
+def test_a_failure_in_a_study_is_logged_once_with_its_place(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(params: Mapping[str, Any]) -> Usage:
+        raise error
+
+    footprint = UserFootprint(fails, lenient=True)
+    for _ in range(2):
+        with pytest.raises((KeyError, ZeroDivisionError), match="width"):
+            footprint.intervals({"depth": 1})
+    (text,) = caplog.messages
+    line = fails.__code__.co_firstlineno + 1
+    assert f"the point {{'depth': 1}}: {error!r} in {__file__}, line {line}." in text
+    assert ("run without being judged" in text) == isinstance(error, KeyError)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "n_calls"),
     [
@@ -192,7 +219,9 @@ def test_failures_are_remembered_and_copies_ask_again() -> None:
         ({"a": None}, {}, 2),
     ],
 )
-def test_what_is_one_point(first: dict[str, Any], second: dict[str, Any], n_calls: int) -> None:
+def test_equal_points_are_computed_once(
+    first: dict[str, Any], second: dict[str, Any], n_calls: int
+) -> None:
     calls: list[Any] = []
     function = AskedOnce(lambda params: calls.append(params) or Usage(memory=1))  # type: ignore[func-returns-value]
     assert function(first) == function(second) == Usage(memory=1)

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def quiet() -> Iterator[None]:
-    """Let Optuna log nothing while a module runs thousands of trials that fail on purpose."""
+    """Disable Optuna's log while a module runs thousands of trials that fail on purpose."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     yield

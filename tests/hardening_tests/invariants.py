@@ -42,7 +42,7 @@ from tests.hardening_tests.strategies import (
 
 
 class StudyInvariants(RuleBasedStateMachine):
-    """One study, three workers on two hosts; a subclass says what they do."""
+    """One study, three workers on two hosts; a subclass defines their steps."""
 
     @initialize(
         kind=st.sampled_from(KINDS),

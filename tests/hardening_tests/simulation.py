@@ -18,16 +18,11 @@ from optuna.storages.journal import BaseJournalBackend
 import pytest
 
 from optuna_quota._enforcement import active_trials
-from optuna_quota._ledger import (
-    heartbeat as heartbeat_module,
-    ledger as ledger_module,
-    protocol,
-)
+from optuna_quota._ledger import heartbeat as heartbeat_module, ledger as ledger_module, protocol
 from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.protocol import Worker
 from optuna_quota._metering import replace_loop
 from optuna_quota._metering.monitored_tree import ThreadTime
-from optuna_quota._sampler import study_session
 from optuna_quota._storage_retry import retry
 from optuna_quota.testing import FakeMetering
 
@@ -192,7 +187,7 @@ class Simulation:
         set_attribute(protocol, "process_start", self._started)
         # Trials at once in one process share its CPU time evenly.
         set_attribute(ThreadTime, "growth", lambda thread: 1.0)
-        set_attribute(study_session.gc, "collect", lambda: 0)
+        set_attribute(active_trials.gc, "collect", lambda: 0)
         self._patch.setitem(retry.__kwdefaults__, "sleep", lambda seconds: None)
 
     def close(self) -> None:

@@ -101,7 +101,7 @@ class OpenTrial:
         asked: The number of suggested parameters.
         reports: The number of reported values.
         highest: The peak memory of its process since the start, in bytes.
-        steady: Whether its usage can be told from that of other trials of its process.
+        steady: Whether its usage can be separated from that of other trials of its process.
         tell_failed: Whether `tell` has failed once.
     """
 

@@ -13,7 +13,7 @@ import pytest
 
 from optuna_quota import analyze
 from optuna_quota.cli import main
-from optuna_quota.cli.output import harmless
+from optuna_quota.cli.common import harmless
 from tests.hardening_tests import hostile
 from tests.hardening_tests.test_hostile_attributes import Elements
 

@@ -39,15 +39,15 @@ def say(**found):
 """
 
 
-def _heed_interrupts() -> None:
-    """Undo what a shell does to what it starts in the background: ignore SIGINT."""
+def _restore_interrupts() -> None:
+    """Restore SIGINT, which a shell ignores in background processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_python(folder: Path, *arguments: str, code: int = 0) -> str:
-    """Run Python in a folder and return what it prints; its errors are in ``errors.txt``.
+    """Run Python in a folder and return its output; errors are in ``errors.txt``.
 
-    Files take its output: a pipe would wait for processes that it leaves behind.
+    Output goes to files, as a pipe would wait for processes that are left behind.
     """
     root = str(Path(__file__).parents[2])
     output, errors = folder / "output.txt", folder / "errors.txt"
@@ -60,12 +60,12 @@ def run_python(folder: Path, *arguments: str, code: int = 0) -> str:
             stderr=stderr,
             cwd=folder,
             start_new_session=True,
-            preexec_fn=_heed_interrupts,
+            preexec_fn=_restore_interrupts,
         )
         try:
             assert process.wait(100) == code, errors.read_text()
         finally:
-            # Processes that it leaves behind, such as managers, are in its group.
+            # Processes that are left behind, such as managers, are in its group.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return output.read_text()

@@ -105,7 +105,7 @@ def test_a_memory_error_of_its_own_is_the_objectives_error() -> None:
 
 def test_a_hung_native_call_is_killed_after_the_grace_period() -> None:
     def objective(trial: optuna.Trial) -> float:
-        # Holds the interpreter lock and never looks for signals.
+        # Holds the interpreter lock and never handles signals.
         ctypes.PyDLL(None).sleep(60)
         return 0.0
 

@@ -56,7 +56,7 @@ class OutOfMemory:
         return bytearray, (2**62,)
 
 
-def test_what_cannot_be_loaded_is_an_error_to_a_trial_and_a_message_to_the_study() -> None:
+def test_an_unreadable_message_is_an_error_in_a_trial_and_an_object_in_the_study() -> None:
     left, right = channel_pair()
     for _ in range(2):
         left.send(OutOfMemory())

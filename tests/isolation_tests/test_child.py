@@ -118,6 +118,34 @@ def test_pools_threads_and_processes_that_are_left_open(tmp_path: Path, method: 
     assert found["took"] < 30
 
 
+SAVES_LATE = """
+import pathlib, threading
+from concurrent.futures import ThreadPoolExecutor
+
+def save(name):
+    time.sleep(0.8)
+    pathlib.Path(name).touch()
+
+def objective(trial):
+    threading.Thread(target=save, args=(f"thread {trial.number}",)).start()
+    ThreadPoolExecutor(1).submit(save, f"executor {trial.number}")
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    threading.Timer(3.0, save, ("timer late",)).start()
+    return 1.0
+
+start = time.monotonic()
+values(objective, n_trials=2, methods=[sys.argv[1]])
+say(saved=sorted(p.name for p in pathlib.Path().glob("* *")), took=time.monotonic() - start)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_that_are_left_running_complete_their_work(tmp_path: Path, method: str) -> None:
+    found = run_script(tmp_path, SAVES_LATE, "script.py", method)
+    assert found["saved"] == ["executor 0", "executor 1", "thread 0", "thread 1"]
+    assert found["took"] < 20
+
+
 WORKERS = """
 import multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor

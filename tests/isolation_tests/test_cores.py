@@ -28,7 +28,7 @@ on_linux = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def names_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What else runs on the machine has processors too.
+    # Other programs on the machine use processors too.
     monkeypatch.setattr(cores, "_PREFIX", f"\0optuna-quota/test/{secrets.token_hex(8)}/")
 
 

@@ -29,6 +29,10 @@ def wait_for_the_end(trial: optuna.Trial) -> float:
     return 1.0
 
 
+def suggest(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", 0, 1)
+
+
 def act_when_begun(folder: Path, act: Callable[[], Any]) -> threading.Thread:
     def run() -> None:
         until((folder / "begun").exists)
@@ -69,6 +73,24 @@ def test_a_trial_of_a_study_that_is_deleted(tmp_path: Path) -> None:
         study.optimize(isolated(wait_for_the_end, grace_period=60), n_trials=2)
     thread.join()
     assert "deleted" in (tmp_path / "stopped").read_text()
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_trial_that_is_failed_from_outside_before_its_first_write(isolate: bool) -> None:
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
+    storage = study._storage
+    create = storage.create_new_trial
+
+    def create_and_fail(*arguments: Any, **options: Any) -> int:
+        trial_id = create(*arguments, **options)
+        if len(study.get_trials(deepcopy=False)) == 1:
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        return trial_id
+
+    storage.create_new_trial = create_and_fail  # type: ignore[method-assign]
+    objective: Any = isolated(suggest) if isolate else suggest
+    study.optimize(objective, n_trials=3)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, *[TrialState.COMPLETE] * 2]
 
 
 @pytest.mark.parametrize("by_number", [True, False])

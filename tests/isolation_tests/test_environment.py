@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import csv
 import decimal
+import fractions
 import gc
 import locale
 import multiprocessing
@@ -14,6 +16,8 @@ import random
 import socket
 import sys
 import tempfile
+import threading
+import tracemalloc
 import types
 from typing import Any
 
@@ -23,7 +27,7 @@ import pytest
 
 from optuna_quota import isolated
 from optuna_quota._isolation.environment import apply_settings, read_settings
-from tests.isolation_tests.scripts import run_python
+from tests.isolation_tests.scripts import always, run_python, run_script
 
 
 def test_variables_folder_and_import_path_are_the_same(
@@ -44,6 +48,30 @@ def test_variables_folder_and_import_path_are_the_same(
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
     assert study.best_value == 4.0
+
+
+@pytest.mark.slow
+def test_constants_of_libraries_that_a_script_sets_hold_in_its_trials(tmp_path: Path) -> None:
+    source = """
+import images
+from images import files
+images.MAX_PIXELS = None
+
+def main():
+    files.LOAD_TRUNCATED = True
+    say(found=values(objective, n_trials=1))
+
+def objective(trial):
+    return float(images.MAX_PIXELS is None) + 2 * files.LOAD_TRUNCATED + files.opened
+
+main()
+"""
+    (tmp_path / "images-1.0.dist-info").mkdir()
+    (tmp_path / "images-1.0.dist-info" / "RECORD").write_text("images/__init__.py,,\n")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "__init__.py").write_text("MAX_PIXELS = 100\n")
+    (tmp_path / "images" / "files.py").write_text("LOAD_TRUNCATED = False\nopened = 0\n")
+    assert run_script(tmp_path, source)["found"] == always(3.0)
 
 
 def test_the_start_method_of_multiprocessing_is_the_same() -> None:
@@ -164,16 +192,29 @@ OWN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "integer digits": (lambda: sys.set_int_max_str_digits(9999), sys.get_int_max_str_digits),
     "garbage collection": (gc.disable, gc.isenabled),
     "garbage collection's pace": (lambda: gc.set_threshold(123, 4, 5), gc.get_threshold),
+    "memory tracing": (
+        lambda: tracemalloc.start(3),
+        lambda: tracemalloc.is_tracing() and tracemalloc.get_traceback_limit(),
+    ),
     "umask": (lambda: os.umask(0o077), _umask),
+    "fields of CSV": (lambda: csv.field_size_limit(1 << 30), csv.field_size_limit),
     "temporary folder": (lambda: setattr(tempfile, "tempdir", "/nowhere"), tempfile.gettempdir),
     "socket timeout": (lambda: socket.setdefaulttimeout(12.5), socket.getdefaulttimeout),
     "locale": (
         lambda: locale.setlocale(locale.LC_NUMERIC, "C.UTF-8"),
         lambda: locale.setlocale(locale.LC_NUMERIC),
     ),
+    "stacks of threads": (
+        lambda: threading.stack_size(1 << 20),
+        lambda: (size := threading.stack_size(), threading.stack_size(size))[0],
+    ),
     "decimal": (
-        lambda: decimal.setcontext(decimal.Context(prec=7, rounding=decimal.ROUND_UP)),
-        lambda: (decimal.Decimal(2) / 3, decimal.getcontext().rounding),
+        lambda: decimal.setcontext(decimal.Context(7, decimal.ROUND_UP, traps=[])),
+        lambda: (
+            decimal.Decimal(2) / 3,
+            decimal.getcontext().rounding,
+            decimal.getcontext().traps[decimal.DivisionByZero],
+        ),
     ),
 }
 
@@ -241,10 +282,68 @@ OF_LIBRARIES: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] 
         lambda m: setattr(m.backends.cudnn, "benchmark", True),
         lambda m: m.backends.cudnn.benchmark,
     ),
+    "torch device": (
+        "torch",
+        lambda m: m.set_default_device("meta"),
+        lambda m: m.empty(0).device.type,
+    ),
+    "torch attention": (
+        "torch.backends.cuda",
+        lambda m: m.enable_flash_sdp(False),
+        lambda m: m.flash_sdp_enabled(),
+    ),
+    "torch anomalies": (
+        "torch",
+        lambda m: m.autograd.set_detect_anomaly(True, check_nan=False),
+        lambda m: (m.is_anomaly_enabled(), m.is_anomaly_check_nan_enabled()),
+    ),
+    "numba threads": (
+        "numba.np.ufunc.parallel",
+        lambda m: m.set_num_threads(1),
+        lambda m: m.get_num_threads(),
+    ),
+    "opencv threads": ("cv2", lambda m: m.setNumThreads(1), lambda m: m.getNumThreads()),
+    "pyarrow threads": ("pyarrow", lambda m: m.set_cpu_count(3), lambda m: m.cpu_count()),
+    "dask": (
+        "dask.config",
+        lambda m: m.set({"temporary-directory": "/nowhere"}),
+        lambda m: m.get("temporary-directory"),
+    ),
+    "jax": (
+        "jax",
+        lambda m: m.config.update("jax_enable_x64", True),
+        lambda m: str(m.numpy.ones(1).dtype),
+    ),
+    "keras": (
+        "keras",
+        lambda m: m.config.set_image_data_format("channels_first"),
+        lambda m: m.config.image_data_format(),
+    ),
+    "keras policy": (
+        "keras",
+        lambda m: m.config.set_dtype_policy("mixed_bfloat16"),
+        lambda m: m.layers.Dense(1).compute_dtype,
+    ),
+    "structlog": (
+        "structlog",
+        lambda m: m.configure(processors=[m.processors.JSONRenderer()]),
+        lambda m: [type(p).__name__ for p in m.get_config()["processors"]],
+    ),
+    "xgboost": ("xgboost", lambda m: m.set_config(verbosity=0), lambda m: m.get_config()),
+    "torch autocast": (
+        "torch",
+        lambda m: m.autocast("cpu", dtype=m.float16).__enter__(),
+        lambda m: str((m.ones(1, 1) @ m.ones(1, 1)).dtype),
+    ),
     "torch gradients": (
         "torch",
         lambda m: m.set_grad_enabled(False),
         lambda m: m.is_grad_enabled(),
+    ),
+    "torch safe globals": (
+        "torch",
+        lambda m: m.serialization.add_safe_globals([fractions.Fraction, m.nn.Linear]),
+        lambda m: set(m.serialization.get_safe_globals()),
     ),
     "torch sharing": (
         "torch.multiprocessing",
@@ -282,6 +381,62 @@ def test_a_setting_of_a_library(name: str) -> None:
         check(lambda: make(library), lambda: see(library))
     finally:
         apply_settings(before)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="it has one thread")
+def test_threads_of_blas_that_a_script_has_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = pytest.importorskip("threadpoolctl")
+
+    def threads() -> list[int]:
+        return [p["num_threads"] for p in pools.threadpool_info() if p["user_api"] == "blas"]
+
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    with pools.threadpool_limits(len(os.sched_getaffinity(0))):
+        assert "thread pools" not in read_settings()
+    with pools.threadpool_limits(1):
+        limited = pickle.loads(pickle.dumps(read_settings()))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert "thread pools" not in read_settings()  # trials have the variable
+    with pools.threadpool_limits(2, user_api="blas"):
+        apply_settings(limited)
+        assert set(threads()) == {1}
+
+
+def test_how_joblib_runs_what_is_parallel() -> None:
+    joblib = pytest.importorskip("joblib")
+
+    def backend() -> str:
+        found, n_jobs = joblib.parallel.get_active_backend()
+        return f"{type(found).__name__} {n_jobs} {found.inner_max_num_threads}"
+
+    default, before = backend(), read_settings()
+    with joblib.parallel_config("loky", n_jobs=3, inner_max_num_threads=2):
+        configured = pickle.loads(pickle.dumps(read_settings()))
+    with joblib.parallel_config("threading", n_jobs=2):
+        apply_settings(configured)
+        assert backend() == "LokyBackend 3 2"
+        joblib.parallel_config("threading")
+        threads = read_settings()
+    apply_settings(threads)
+    assert backend() == "ThreadingBackend 3 None"
+    vars(joblib.parallel._backend).clear()
+    assert backend() == default and read_settings() == before
+
+
+def test_a_default_device_of_torch_takes_part_in_no_seed() -> None:
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+
+    def objective(trial: optuna.Trial) -> float:
+        assert torch.empty(0).device.type == "meta"
+        return float(torch.rand((), generator=generator, device="cpu"))
+
+    study = optuna.create_study()
+    with torch.device("meta"):
+        study.optimize(isolated(objective), n_trials=2)
+    values = {trial.value for trial in study.trials}
+    assert len(values) == 2
 
 
 def test_options_of_pandas_that_are_not_the_default() -> None:

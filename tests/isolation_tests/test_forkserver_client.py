@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import importlib
+import importlib.machinery
 import os
 from pathlib import Path
 import select
 import sys
 import tempfile
+import types
 from typing import Any
 
 import optuna
@@ -33,7 +36,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerClient]:
-    """The fork server of one test: what it loads would slow down all that others start."""
+    """The fork server of one test: its modules would slow down other tests' fork servers."""
     found = ForkServerClient()
     monkeypatch.setattr(forkserver_client, "_client", found)
     yield found
@@ -92,7 +95,7 @@ def test_a_module_to_preload_that_cannot_be_imported(
 def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:
-    # Else a point would be taken to need more time than its limit, only since it came first.
+    # Otherwise the first trial's slow start would make its point look too slow.
     (tmp_path / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     client._wanted.update(dict.fromkeys(["long_to_load"]))
@@ -103,6 +106,85 @@ def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
     assert record.outcome == "completed"
     assert record.usage.wall_time is not None
     assert record.usage.wall_time < 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("client")
+def test_modules_of_loaded_packages_that_a_trial_imports_are_loaded_for_the_next() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        was_loaded = "xml.dom.pulldom" in sys.modules
+        importlib.import_module("xml.dom.pulldom")
+        return float(was_loaded)
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective, preload=["xml"]), n_trials=3)
+    assert [trial.value for trial in study.trials] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("client")
+@pytest.mark.parametrize("change", ["environ['MINE'] = '1'", "environ.update(MINE='1')"])
+def test_modules_may_read_variables_that_a_trial_sets(change: str) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        exec(compile(change, __file__, "exec"), {"environ": os.environ})
+        was_loaded = "xml.dom.pulldom" in sys.modules
+        importlib.import_module("xml.dom.pulldom")
+        return float(was_loaded)
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective, preload=["xml"]), n_trials=2)
+    assert [trial.value for trial in study.trials] == [0.0, 0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("client")
+def test_a_lazy_module_costs_no_result() -> None:
+    class Lazy(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise ImportError(f"No module can give {name}.")
+
+    def objective(trial: optuna.Trial) -> float:
+        lazy = Lazy("xml.lazy")
+        lazy.__spec__ = importlib.machinery.ModuleSpec("xml.lazy", None)
+        sys.modules["xml.lazy"] = lazy
+        return 1.0
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective, preload=["xml"]), n_trials=1)
+    assert study.trials[0].value == 1.0
+
+
+@pytest.mark.slow
+def test_a_module_that_ends_the_fork_server_is_left_to_the_trials(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+) -> None:
+    (tmp_path / "ends_its_process.py").write_text("import os\nos._exit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    client.learn(["ends_its_process"])
+    study = optuna.create_study()
+    study.optimize(isolated(quadratic), n_trials=2)
+    assert len(study.trials) == 2
+    assert client._unsafe == {"ends_its_process"}
+
+
+@pytest.mark.slow
+def test_a_module_that_hangs_where_a_trial_imported_it_is_left_to_the_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+) -> None:
+    pid = tmp_path / "pid"
+    (tmp_path / "hangs_elsewhere.py").write_text(
+        f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(forkserver_client, "LEARNED_TIME", 1.0)
+    client.prepare()
+    client.learn(["hangs_elsewhere"])
+    study = optuna.create_study()
+    study.optimize(isolated(quadratic), n_trials=2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert client._unsafe == {"hangs_elsewhere"}
+    number = int(pid.read_text())
+    until(lambda: not psutil.pid_exists(number) or psutil.Process(number).status() == "zombie")
 
 
 @pytest.mark.slow

@@ -323,6 +323,9 @@ def test_limits_that_disagree_are_an_error() -> None:
         ({"grace_period": None}, TypeError),
         ({"start_method": "threads"}, ValueError),
         ({"limits": {"memory": 1}}, TypeError),
+        ({"strict_memory": "1GiB"}, TypeError),
+        ({"predictive_stop": 1}, TypeError),
+        ({"preload": 1}, TypeError),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception]) -> None:

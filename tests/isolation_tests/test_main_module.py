@@ -144,6 +144,20 @@ CHOSEN = {
         del json
         class C(object): tool = json
         """,
+    "parts of libraries": """
+        import functools, os, ssl  #+
+        import torch.hub as hub, numpy as np  #+
+        ssl._create_default_https_context = ssl._create_unverified_context  #+
+        hub.load = functools.partial(hub.load, trust_repo=True)  #+
+        if not hasattr(np, "float"): np.float = float  #+
+        np.array.cache.size = 3  #+
+        os.environ = {}
+        hub.tools["a"] = 3
+        model = hub.make()
+        model.lr = 3
+        np.bool = make()
+        np.int = int
+        """,
     "ways to import": """
         try: import tomllib  #+
         except ImportError: tomllib = None

@@ -124,3 +124,33 @@ sys.exit(process.exitcode)
     errors = (tmp_path / "errors.txt").read_text()
     assert "RuntimeError" in errors and "__main__" in errors
     assert (tmp_path / "runs.txt").read_text() == "x"
+
+
+PATCHED = """
+import functools, json, ssl
+import numpy as np
+
+original = json.dumps
+
+def dumps(value, **options):
+    return "own " + original(value, **options)
+
+json.dumps = dumps
+json.loads = functools.partial(json.loads, parse_int=float)
+ssl._create_default_https_context = ssl._create_unverified_context
+if not hasattr(np, "float"):
+    np.float = float
+
+def objective(trial):
+    assert json.dumps([1]) == "own [1]" and type(json.loads("1")) is float
+    assert ssl._create_default_https_context is ssl._create_unverified_context
+    return np.float(1)
+
+found = values(objective)
+json.dumps = original
+say(found=found)
+"""
+
+
+def test_what_a_script_replaces_in_libraries_holds_in_trials(tmp_path: Path) -> None:
+    assert run_script(tmp_path, PATCHED)["found"] == always(1.0, 1.0)

@@ -8,6 +8,8 @@ import mmap
 import multiprocessing
 import os
 from pathlib import Path
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +22,7 @@ from optuna.trial import TrialState
 import psutil
 import pytest
 
-from optuna_quota import Limits
+from optuna_quota import isolated, Limits, QuotaPruner
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import needs_supervisor, run_one
 
@@ -30,14 +32,14 @@ MIB = 2**20
 
 
 class Witness(threading.Thread):
-    """Adds up the memory of a trial's tree from outside, by the kernel's own account.
+    """Measures the memory of a trial's tree from outside, by the kernel's figures.
 
     Args:
-        file: Where the trial's process writes its pid. Once it has been looked at twice, a file
-            beside it says so.
+        file: Where the trial's process writes its pid. After two measurements, another file is
+            created beside it.
 
     Attributes:
-        peak: The most that two looks in a row saw, in bytes.
+        peak: The highest memory of two consecutive measurements, in bytes.
     """
 
     def __init__(self, file: Path) -> None:
@@ -77,7 +79,7 @@ def pss(pid: int) -> int:
 
 
 def show() -> float:
-    """Let everybody look, also a supervisor that gets little of a busy machine."""
+    """Wait until all have measured, also a supervisor on a busy machine."""
     before = wakeups(os.getppid())
     time.sleep(0.4)
     while wakeups(os.getppid()) < before + 4:
@@ -158,7 +160,7 @@ def hold_torch_tensors(trial: optuna.Trial) -> float:
 
 
 def hold_a_file_in_memory(trial: optuna.Trial) -> float:
-    # As joblib does for large arrays: the file is memory, whoever maps it.
+    # As joblib does for large arrays: a file in tmpfs is memory of each process that maps it.
     path = f"/dev/shm/optuna-quota-test-{os.getpid()}"
     try:
         array = np.memmap(path, dtype=np.uint8, mode="w+", shape=(200 * MIB,))
@@ -280,9 +282,45 @@ def test_memory_freed_between_measurements_is_recorded(limit: str | None) -> Non
     assert 300 * MIB <= record.usage.memory < 400 * MIB
 
 
+def allocate_and_return(trial: optuna.Trial) -> float:
+    return float(np.ones(150 * MIB // 8)[0])
+
+
 @pytest.mark.slow
+def test_the_peak_of_a_trial_that_ends_at_once_is_recorded() -> None:
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(memory="400MiB")))
+    study.optimize(isolated(allocate_and_return), n_trials=40, n_jobs=4)
+
+    peaks = [read_record(trial).usage.memory or 0.0 for trial in study.trials]
+    assert [round(peak / MIB) for peak in peaks if not 150 * MIB <= peak < 190 * MIB] == []
+
+
+def test_a_trial_whose_supervisor_gets_no_core_is_measured() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        supervisor = os.getppid()
+        if trial.number:
+            os.kill(supervisor, signal.SIGSTOP)
+            subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -CONT {supervisor}"])
+        else:
+            time.sleep(0.1)
+        block = np.ones(50 * MIB // 8)
+        if not trial.number:
+            time.sleep(0.1)
+        return float(block[0])
+
+    study = optuna.create_study(pruner=QuotaPruner())
+    study.optimize(isolated(objective), n_trials=5)
+    usual, *others = [read_record(trial).usage.memory or 0.0 for trial in study.trials]
+    assert [round(each / MIB) for each in others if abs(each - usual) > 8 * MIB] == []
+
+
+BUSY = "import numpy as np\nwhile True: np.ones(25 * 2**20)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["quiet", "others allocate huge pages"])
 def test_a_file_that_is_read_within_a_short_trial_is_no_memory(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    host: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUOTA_TEST_FILE", str(file))
 
@@ -290,10 +328,14 @@ def test_a_file_that_is_read_within_a_short_trial_is_no_memory(
         data = np.memmap(os.environ["QUOTA_TEST_FILE"], dtype=np.uint8, mode="r")
         return float(data[: 200 * MIB].max())
 
-    for _ in range(3):
-        record = read_record(run_one(objective, Limits(memory="100MiB")))
-        assert (record.outcome, record.reason) == ("completed", None)
-        assert record.usage.memory is not None and record.usage.memory < 60 * MIB
+    with contextlib.ExitStack() as stack:
+        if host != "quiet":
+            other = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY]))
+            stack.callback(other.kill)
+        for _ in range(3 if host == "quiet" else 10):
+            record = read_record(run_one(objective, Limits(memory="100MiB")))
+            assert (record.outcome, record.reason) == ("completed", None)
+            assert record.usage.memory is not None and record.usage.memory < 60 * MIB
 
 
 @pytest.mark.slow
@@ -313,7 +355,7 @@ def test_memory_of_the_study_does_not_count_for_a_fork() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_script_holds_is_not_copied_by_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_of_a_script_is_not_copied_by_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     module, owner = sys.modules[__name__], threading.Event()
     for number in range(8_000):  # each on pages of its own, some 2 times 36 MiB
         monkeypatch.setattr(module, f"value_{number}", (None,) * 600, raising=False)

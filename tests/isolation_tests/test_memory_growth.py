@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 def grow(kind: str) -> Any:
-    """Return an objective that takes more and more memory, and catches what it can."""
+    """Return an objective that allocates more and more memory, and catches all errors."""
 
     def objective(trial: optuna.Trial) -> float:
         held: list[Any] = []
@@ -63,7 +63,7 @@ hold_interpreter = ctypes.PyDLL(None).usleep
 
 
 class LoadsSlowly:
-    """Says that it is being loaded, and takes its time."""
+    """Signals that it is being loaded, then takes a while."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

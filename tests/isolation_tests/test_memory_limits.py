@@ -132,9 +132,9 @@ def delegated_group(mount: Path) -> Path:
 
 
 def in_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let trials have their groups made in a folder."""
+    """Create the groups of trials in a folder."""
     monkeypatch.setattr("optuna_quota._isolation.launch._delegated_cgroup", lambda: folder)
-    fork_server_client().reset()  # the processes that it has ready are in no group
+    fork_server_client().reset()  # processes that were forked in advance are in no group
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_a_real_control_group_limits_what_no_other_limit_sees(
     in_group(delegated_group(real_group()), monkeypatch)
 
     def objective(trial: optuna.Trial) -> float:
-        # Files in memory are nobody's resident memory: only the group counts them.
+        # Files in tmpfs are no process's resident memory: only the group counts them.
         handle = os.memfd_create("held")
         for _ in range(400):
             os.write(handle, b"x" * 2**20)
@@ -290,7 +290,7 @@ def test_gpu_caps(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpu_caps(2.0 * GIB, 8.0 * GIB)
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.2500"
     assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
-    # What a trial needs would not be known otherwise, and its limit would be passed at once.
+    # Otherwise the need of a trial would be unknown, and its limit exceeded at once.
     assert os.environ[preallocate] == "false"
     assert os.environ["CUPY_GPU_MEMORY_LIMIT"] == str(2 * GIB)
     cuda = FakeCuda()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from pathlib import Path
+import resource
 import signal
 import subprocess
 import sys
@@ -193,6 +195,27 @@ def test_an_unrelated_failure_is_no_breach(act: Any, strict: bool) -> None:
     record = read_record(trial)
     assert (trial.state, record.outcome) == (TrialState.FAIL, "failed"), record.reason
     assert record.breach is None
+
+
+KEPT: list[bytearray] = []
+
+
+def test_an_objective_that_has_left_no_room_keeps_its_result() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        # As under `strict_memory=True`, but far from the limit that the supervisor enforces.
+        data = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (data + 60 * MIB, hard))
+        for size in (2**20, 2**12, 2**9, 64):
+            try:
+                while True:
+                    KEPT.append(bytearray(size))
+            except MemoryError:
+                continue
+        return 1.0
+
+    trial = run_one(objective, Limits(memory="900MiB"))
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 1.0)
 
 
 def test_strict_memory_refuses_what_is_reserved_too() -> None:

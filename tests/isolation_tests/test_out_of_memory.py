@@ -43,7 +43,7 @@ EMPTY = DeviceShare(held=0.0, used=0.0, total=80.0 * GIB)
         (OutOfMemoryError(FULL), 1.5, [HERE], 4, None),
         (OutOfMemoryError(FULL), None, [], 4, None),
         (OutOfMemoryError(FULL), None, [], None, None),
-        # What it held once is no matter at the moment of the error.
+        # Its earlier peak does not matter at the moment of the error.
         (OutOfMemoryError(FULL), 3.9, [HERE], 4, None),
         (OutOfMemoryError(CAPPED), None, [], 4, 4),
         (OutOfMemoryError(CAPPED), 3.7, [], None, None),
@@ -171,7 +171,7 @@ def test_dots_are_no_size() -> None:
     assert found == FailedAllocation("memory", None)
 
 
-def test_a_failed_allocation_is_told_from_a_raised_memory_error() -> None:
+def test_a_failed_allocation_differs_from_a_raised_memory_error() -> None:
     array = caught(lambda: np.ones(2**55, dtype=np.uint8))
     assert find_failed_allocation(array) == FailedAllocation("memory", 2.0**55)
     plain = caught(lambda: bytearray(2**60))

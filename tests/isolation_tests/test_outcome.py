@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 import signal
 import sys
+import time
+import types
 from typing import Any
 from unittest.mock import Mock
 import warnings
@@ -16,7 +18,7 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import isolated, Limits, Quota, QuotaSampler, TrialCrashed
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, TrialCrashed
 from optuna_quota._isolation import launch, outcome
 from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.out_of_memory import find_breach_at_exit, GpuMemoryState
@@ -73,7 +75,7 @@ def states_of(study: optuna.Study) -> str:
 def test_optimize_goes_on_after_a_crash(
     sampler: str, how: Callable[[], None], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[tuple[int, TrialState]] = []
+    ended: list[tuple[int, TrialState]] = []
     quota = QuotaSampler(quota=Quota(n_trials=9)) if sampler == "quota" else None
     study = optuna.create_study(sampler=quota)
     optuna.logging.enable_propagation()
@@ -81,12 +83,12 @@ def test_optimize_goes_on_after_a_crash(
         study.optimize(
             isolated(crash_at(1, how=how)),
             n_trials=4,
-            callbacks=[lambda study, trial: told.append((trial.number, trial.state))],
+            callbacks=[lambda study, trial: ended.append((trial.number, trial.state))],
         )
     finally:
         optuna.logging.disable_propagation()
     assert states_of(study) == "CFCC"
-    assert told == [(trial.number, trial.state) for trial in study.trials]
+    assert ended == [(trial.number, trial.state) for trial in study.trials]
     record = read_record(study.trials[1])
     assert record.outcome == "failed" and record.reason is not None and words in record.reason
     assert record.usage.wall_time is not None
@@ -237,7 +239,7 @@ def test_crashes_are_counted_over_the_rows_of_the_study(tmp_path: Path) -> None:
     study = optuna.load_study(storage=url, study_name="s")
     with pytest.raises(TrialCrashed, match="first 3 trials"):
         study.optimize(isolated(crash_at(2)), n_trials=1)
-    # Once the objective is mended, the study goes on.
+    # Once the objective is fixed, the study continues.
     study.optimize(isolated(crash_at(4)), n_trials=3)
     assert states_of(study) == "FFFCFC"
 
@@ -330,7 +332,7 @@ def test_a_storage_error_when_a_trial_is_to_run_again_ends_no_study(
     assert len(study._storage.get_all_trials(study._study_id)) == 1
 
 
-# Why a trial's process ended: in words, and as a breach.
+# Why a trial's process ended: as text, and as a breach.
 
 
 MIB = 2**20
@@ -351,7 +353,7 @@ LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
         (ExitReport(-signal.SIGKILL, "request"), "interrupted"),
         (ExitReport(0), "before it gave a result"),
         (ExitReport(7), "exit code 7"),
-        (ExitReport(None), "unknown way"),
+        (ExitReport(None), "killed from outside"),
         (ExitReport(-200), "signal 200"),
     ],
 )
@@ -364,7 +366,7 @@ def test_every_exit_is_described(ended: ExitReport, words: str) -> None:
     ("ended", "strict", "resource"),
     [
         (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), True, "memory"),
-        # Nothing is refused where memory is measured.
+        # No allocation is refused when memory is measured.
         (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), False, None),
         (ExitReport(-signal.SIGKILL, memory=0.97 * GIB, oom_kills=1), True, None),
         (ExitReport(None, memory=0.97 * GIB, stuck="It hangs."), True, None),
@@ -383,3 +385,29 @@ def test_an_exit_at_a_limit_is_a_breach(
     assert (None if breach is None else breach.resource) == resource
     if breach is not None:
         assert breach.observed > breach.limit
+
+
+def use_fake_torch(trial: optuna.Trial) -> float:
+    cuda = types.SimpleNamespace(
+        is_initialized=lambda: True, device_count=lambda: 1, max_memory_reserved=lambda _: 5
+    )
+    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)  # type: ignore[assignment]
+    return 2.0
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_reading_of_gpus_that_fails_at_the_end_loses_no_result(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fail(resolver: OutcomeResolver) -> None:
+        asked.append(resolver)
+        if hangs:  # until the limit on time has long had the trial killed
+            time.sleep(2.0)
+        raise RuntimeError("no reading")
+
+    monkeypatch.setattr(OutcomeResolver, "measure_gpus", fail)
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=1.0)))
+    study.optimize(isolated(use_fake_torch, grace_period=0.2), n_trials=1)
+    assert asked and study.trials[0].value == 2.0

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 import warnings
 
+import numpy as np
 import optuna
 import pytest
 
@@ -41,7 +42,7 @@ def test_output_of_children_goes_to_the_descriptors(capfd: pytest.CaptureFixture
         return 0.0
 
     optuna.create_study().optimize(isolated(objective), n_trials=1)
-    # The two come by different ways, as `sys.stdout` is not the descriptor under pytest.
+    # They arrive separately, as `sys.stdout` is not the descriptor under pytest.
     lines = capfd.readouterr().out.splitlines()
     assert sorted(lines) == ["from a shell", "from the trial"]
 
@@ -95,6 +96,21 @@ def test_records_reach_the_handlers_of_the_study(caplog: pytest.LogCaptureFixtur
     assert "ValueError: inner" in caplog.text
 
 
+def test_records_keep_plain_fields_and_messages(caplog: pytest.LogCaptureFixture) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        logging.getLogger("mine").info(
+            {"loss": 0.5}, extra={"metrics": {"loss": [1, np.float32(2)]}}
+        )
+        logging.getLogger("mine").info("%(n)d", {"n": 3}, extra={"owner": (object, 1)})
+        return 0.0
+
+    with caplog.at_level(logging.INFO, logger="mine"):
+        optuna.create_study().optimize(isolated(objective), n_trials=1)
+    first, second = (record for record in caplog.records if record.name == "mine")
+    assert first.msg == {"loss": 0.5} and vars(first)["metrics"] == {"loss": [1, np.float32(2)]}
+    assert second.getMessage() == "3" and vars(second)["owner"] == ("<class 'object'>", 1)
+
+
 def test_warnings_are_shown_and_filtered_as_in_the_study() -> None:
     def objective(trial: optuna.Trial) -> float:
         warnings.warn("take care", UserWarning, stacklevel=1)
@@ -106,6 +122,19 @@ def test_warnings_are_shown_and_filtered_as_in_the_study() -> None:
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="take care"):
             optuna.create_study().optimize(isolated(objective), n_trials=1)
+
+
+@pytest.mark.parametrize("action, times", [("default", 1), ("always", 3)])
+def test_a_warning_of_each_trial_is_shown_as_in_one_process(action: Any, times: int) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        warnings.warn("again", UserWarning, stacklevel=1)
+        return 0.0
+
+    for run in (isolated(objective), objective):
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter(action, UserWarning)
+            optuna.create_study().optimize(run, n_trials=3)
+        assert sum(str(warning.message) == "again" for warning in shown) == times, run
 
 
 def test_loggers_without_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

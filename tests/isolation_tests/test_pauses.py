@@ -142,7 +142,7 @@ class Pause:
                 process.send_signal(number)
 
     def state_after(self, seconds: float) -> str:
-        """Return the state of the trial's process once the pause has lasted so long."""
+        """Return the state of the trial's process after so many seconds of the pause."""
         time.sleep(max(0.0, self._since + seconds - time.monotonic()))
         return self.trial.status()
 
@@ -194,7 +194,7 @@ def test_a_pause_does_not_count_as_trial_time(
 
 def test_a_pause_does_not_count_for_the_quota(start: Callable[[str, str, float], Script]) -> None:
     body = """
-        from optuna_quota._ledger import status
+        from optuna_quota._ledger.status import status
 
         def used():
             return {line.resource: line.used for line in status(study).lines}["wall_time"]

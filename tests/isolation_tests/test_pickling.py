@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import linecache
 from pathlib import Path
 import textwrap
+import traceback
+from typing import Any
 
+import optuna
 import pytest
 
+from optuna_quota import isolated
 from tests.isolation_tests.scripts import always, run_script
 
 
@@ -128,64 +134,6 @@ def test_identity_of_classes_and_functions(tmp_path: Path, way: str) -> None:
         assert found["loads"] == 1
 
 
-ACROSS = """
-import multiprocessing as mp, pathlib, tempfile, threading
-from multiprocessing import shared_memory
-
-def objective(trial):
-    item = QUEUE.get(timeout=20)
-    with LOCK:
-        COUNT.value += 1
-    QUEUE.put(item)
-    MANAGED.put((trial.number, item))
-    SHARED.buf[0] += 1
-    again = shared_memory.SharedMemory(SHARED.name)
-    again.buf[1] += 1
-    again.close()
-    if trial.number == 1:
-        # A thread sends the item.
-        QUEUE.close()
-        QUEUE.join_thread()
-        own = shared_memory.SharedMemory(create=True, size=1000)
-        pathlib.Path("own.txt").write_text(own.name)
-        os.kill(os.getpid(), 9)
-    return float(item)
-
-if __name__ == "__main__":
-    import warnings
-    warnings.simplefilter("ignore")
-    context = mp.get_context("spawn")
-    QUEUE, LOCK, COUNT = context.Queue(), context.Lock(), context.Value("i", 0)
-    QUEUE.put(3)
-    MANAGED = mp.Manager().Queue()
-    SHARED = shared_memory.SharedMemory(create=True, size=100)
-    removed = []
-    found = {}
-    for method in METHODS:
-        study = optuna.create_study()
-        study.optimize(isolated(objective, start_method=method), n_trials=3)
-        found[method] = [t.value for t in study.trials]
-        own = "/dev/shm/" + pathlib.Path("own.txt").read_text()
-        deadline = time.monotonic() + 10
-        while os.path.exists(own) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        removed.append(not os.path.exists(own))
-    managed = [MANAGED.get() for _ in range(9)]
-    say(found=found, count=COUNT.value, managed=sorted(managed), shared=list(SHARED.buf[:2]),
-        removed=removed)
-    SHARED.unlink()
-"""
-
-
-@pytest.mark.slow
-def test_queues_locks_managers_and_shared_memory(tmp_path: Path) -> None:
-    found = run_script(tmp_path, ACROSS)
-    assert found["found"] == always(3.0, None, 3.0)  # one is killed
-    assert found["count"] == 9 and found["shared"] == [9, 9]
-    assert len(found["managed"]) == 9
-    assert found["removed"] == [True] * 3
-
-
 FORK_CONTEXT = """
 import multiprocessing as mp, threading
 LOCK = threading.Lock()
@@ -262,33 +210,123 @@ say(nested=nested, peaks=peaks)
 """
 
 
-OPS = """
-import sys, types
+def test_functions_sent_by_value_keep_their_file_and_source() -> None:
+    name, source = "<cell 1>", "def in_a_cell(x):\n    return 1 / x\n"
+    # As IPython does.
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    cell: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(source, name, "exec"), cell)
 
-class Ops(types.ModuleType):
-    def __reduce__(self):
-        raise TypeError("cannot pickle 'Ops' object")
+    def objective(trial: optuna.Trial) -> float:
+        assert "def objective" in inspect.getsource(objective)
+        assert inspect.getsource(cell["in_a_cell"]) == source
+        return float(cell["in_a_cell"](0))
 
-ops = Ops("lazy.ops")
-sys.modules["lazy.ops"] = ops
+    try:
+        with pytest.raises(ZeroDivisionError) as caught:
+            optuna.create_study().optimize(isolated(objective), n_trials=1)
+    finally:
+        del linecache.cache[name]
+    *_, outer, inner = traceback.extract_tb(caught.value.__traceback__)
+    assert outer.filename == __file__ and inner.filename == name
+
+
+LOADER = """
+import importlib.util, sys, types
+
+sys.modules["registry"] = types.ModuleType("registry")
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 """
-NAMED_OPS = """
-import lazy
-ops = [1.0, 2.0]
+BY_PATH = """
+import types
+from loader import load
+
+def fail(objective):
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=1, catch=hub.Failed)
+    return study.trials[0].state.name
+
+# As OptunaHub does, whose packages have no parents; and under another module's name.
+hub = load("registry.package.hub", "elsewhere/hub/__init__.py")
+plan = load("plan", "elsewhere/plan.py")
+plan.SCALE = 3.0
+made = types.ModuleType("made")
+exec("def objective(trial): return 5.0", vars(made))
+sys.modules["made"] = made
+say(
+    hub=values(hub.Problem(), n_trials=1),
+    failed=fail(hub.fail),
+    plan=values(plan.objective, n_trials=1),
+    module=values(lambda trial: plan.scale(2.0), n_trials=1),
+    made=values(made.objective, n_trials=1),
+)
+"""
+HUB = """
+import enum
+
+class Kind(enum.Enum):
+    SPHERE = 1
+
+class Failed(Exception):
+    pass
+
+class Problem:
+    def __init__(self):
+        self.kind = Kind.SPHERE
+
+    def __call__(self, trial):
+        return float(self.kind is Kind.SPHERE)
+
+def fail(trial):
+    raise Failed("with a class of its own")
+"""
+PLAN = """
+SCALE = 1.0
+
+def scale(x):
+    return SCALE * x
 
 def objective(trial):
-    return len(ops) + float(type(lazy.ops).__name__ == "Ops")
-
-say(found=values(objective, n_trials=1))
+    return scale(1.0)
 """
 
 
-def test_a_name_that_is_also_that_of_a_module_of_a_class_of_its_own(tmp_path: Path) -> None:
-    """As `torch.ops`, where a notebook has `ops`."""
-    (tmp_path / "lazy").mkdir()
-    (tmp_path / "lazy" / "__init__.py").write_text(OPS)
-    source = f"from helpers import *\n{NAMED_OPS}"
-    assert run_script(tmp_path, "", "-c", source)["found"] == always(3.0)
+LOADER_IN_USE = """
+from torch.utils.data import DataLoader
+
+if __name__ == "__main__":
+    loader = DataLoader(range(4), num_workers=1, persistent_workers=True)
+    once = sum(int(batch) for batch in loader)
+    say(once=once, found=values(lambda trial: float(sum(map(int, loader))), n_trials=1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_loader_whose_workers_the_script_has_started(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    assert run_script(tmp_path, LOADER_IN_USE) == {"once": 6, "found": always(6.0)}
+
+
+@pytest.mark.slow
+def test_modules_that_no_other_process_can_import(tmp_path: Path) -> None:
+    (tmp_path / "loader.py").write_text(LOADER)
+    (tmp_path / "elsewhere" / "hub").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "hub" / "__init__.py").write_text(
+        "from ._problem import Failed, fail, Problem\n"
+    )
+    (tmp_path / "elsewhere" / "hub" / "_problem.py").write_text(HUB)
+    (tmp_path / "elsewhere" / "plan.py").write_text(PLAN)
+    (tmp_path / "plan.py").write_text("raise RuntimeError('another one of this name')\n")
+    found = run_script(tmp_path, BY_PATH)
+    assert found["hub"] == always(1.0) and found["failed"] == "FAIL"
+    assert found["plan"] == always(3.0) and found["module"] == always(6.0)
+    assert found["made"] == always(5.0)
 
 
 @pytest.mark.slow
@@ -344,45 +382,25 @@ say(found=values(objective, n_trials=1), shared=float(SHARED[0]))
     assert found == {"found": always(4.25), "shared": 3.0}
 
 
-@pytest.mark.slow
-@pytest.mark.integration
-def test_tensors_that_torch_pickles_itself_give_no_warning(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    source = """
-import warnings
-import torch
-warnings.simplefilter("error")
-WEIGHTS, SHARED = torch.ones(3, requires_grad=True), torch.zeros(2).share_memory_()
+OF_A_CLASS = """
+import weakref
+CACHE = weakref.WeakValueDictionary()
 
-def objective(trial):
-    SHARED[0] += 1
-    return float(WEIGHTS.detach().sum())
+class Base:
+    def run(self):
+        return len(CACHE)
 
-say(found=values(objective, n_trials=1), shared=float(SHARED[0]))
-"""
-    found = run_script(tmp_path, source)
-    assert found == {"found": always(3.0), "shared": 3.0}
+class Tuning(Base):
+    @classmethod
+    def objective(cls, trial):
+        return cls().run()
 
-
-ARRAYS = """
-import ctypes
-
-class Point(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_int), ("y", ctypes.c_double * 2)]
-
-class Pair(ctypes.Array):
-    _type_, _length_ = ctypes.c_int, 2
-
-numbers, points, text = (ctypes.c_int * 3)(1, 2, 3), (Point * 2)(), ctypes.create_string_buffer(9)
-array = ctypes.Array
-points[1].y[0] = 4.0
-
-def objective(trial):
-    return sum(numbers) + points[1].y[0] + len(text) + len(Pair(1, 2))
-
-say(found=values(objective, n_trials=1))
+try:
+    values(Tuning.objective, n_trials=1, methods=METHODS[:1])
+except TypeError as error:
+    say(refused=str(error))
 """
 
 
-def test_arrays_of_ctypes(tmp_path: Path) -> None:
-    assert run_script(tmp_path, ARRAYS)["found"] == always(21.0)
+def test_what_a_class_of_the_objective_refers_to_is_named(tmp_path: Path) -> None:
+    assert "because `CACHE` that it refers to" in run_script(tmp_path, OF_A_CLASS)["refused"]

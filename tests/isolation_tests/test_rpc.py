@@ -13,6 +13,7 @@ import pickle
 import signal
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import TrialState
 import pytest
@@ -49,7 +50,7 @@ def optimize(objective: Callable[..., Any], **options: Any) -> optuna.trial.Froz
 
 
 class CountingTrial(optuna.Trial):
-    """A user's own, with a method that Optuna's has not."""
+    """A user's subclass with an additional method."""
 
     def mark(self, value: int) -> int:
         self.set_user_attr("marked", value)
@@ -66,8 +67,41 @@ def test_a_method_of_a_subclass_runs_in_the_study(method: Any) -> None:
     assert study.trials[0].user_attrs["marked"] == 5
 
 
+class Activation:
+    """As torch's modules and scikit-learn's estimators, equal to itself alone."""
+
+
+ACTIVATIONS = [Activation(), Activation(), None]
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution:UserWarning")
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_choices_among_objects_are_the_same_in_each_trial(n_jobs: int) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        chosen = trial.suggest_categorical("activation", ACTIVATIONS)  # type: ignore[arg-type]
+        return float([chosen is activation for activation in ACTIVATIONS].index(True))
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler())
+    study.optimize(isolated(objective), n_trials=8, n_jobs=n_jobs)
+    places = [trial.value for trial in study.trials]
+    assert len(places) == 8 and set(places) <= {0.0, 1.0, 2.0}
+    assert len({trial.distributions["activation"].choices for trial in study.trials}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution:UserWarning")
+def test_a_choice_that_is_enqueued_or_fixed_is_itself() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        return float(trial.suggest_categorical("width", np.array([8, 16])))  # type: ignore[arg-type]
+
+    study = optuna.create_study()
+    study.enqueue_trial({"width": 16})
+    study.optimize(isolated(objective), n_trials=1)
+    assert study.best_value == 16.0
+    assert isolated(objective)(optuna.trial.FixedTrial({"width": 8})) == 8.0
+
+
 def work_as_rank(trial: optuna.Trial, rank: int) -> None:
-    """What ranks do; each call is answered, whatever the others ask meanwhile."""
+    """Make calls like a rank does: each is answered, whatever other ranks ask meanwhile."""
     x = trial.suggest_float("x", 0, 1)
     trial.set_user_attr(f"x of {rank}", x)
     for step in range(10):
@@ -127,7 +161,7 @@ def test_workers_of_a_pool_get_the_trial_with_each_task() -> None:
 
 @POSIX
 def test_a_forked_process_has_its_own_connection() -> None:
-    """Else the answers to both would be mixed up."""
+    """Otherwise answers to the two processes would be mixed up."""
 
     def objective(trial: optuna.Trial) -> float:
         pid = os.fork()
@@ -193,7 +227,7 @@ def test_a_rank_that_takes_too_much_memory_ends_the_trial(tmp_path: Path) -> Non
     assert [t.state for t in study.trials] == [TrialState.PRUNED, TrialState.COMPLETE]
 
 
-def test_what_comes_back_to_its_own_process_is_itself() -> None:
+def test_a_proxy_in_the_studys_process_is_the_object_itself() -> None:
     """``study.tell(trial, …)`` and the like get the trial, and make no call to themselves."""
     trial = optuna.create_study().ask()
     with contextlib.closing(RemoteObjects(trial)) as remote:
@@ -251,6 +285,31 @@ def accept(listener: Listener) -> Channel:
     new = listener.accept()
     assert new is not None
     return new
+
+
+def test_a_message_that_a_signal_handler_cuts_off_leaves_the_next_ones_whole() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        def time_out(*_: object) -> None:
+            raise TimeoutError
+
+        signal.signal(signal.SIGALRM, time_out)
+        for step in range(40):
+            with contextlib.suppress(TimeoutError):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 * (step + 1))
+                    trial.set_user_attr("large", "x" * 8_000_000)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            trial.report(float(step), step)
+        trial.set_user_attr("large", "")
+        return 1.0
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective, limits=Limits(wall_time="60s")), n_trials=1)
+    (trial,) = study.trials
+    assert trial.state == TrialState.COMPLETE
+    assert list(trial.intermediate_values) == list(range(40))
+    assert trial.user_attrs["large"] == ""
 
 
 def test_a_connection_needs_the_key() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from typing import Any
 
 import numpy as np
 import optuna
@@ -11,6 +13,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import _optuna, isolated, Limits, Quota, QuotaPruner, QuotaSampler, TrialCrashed
+from optuna_quota._isolation import run
 from optuna_quota._records import read_record
 
 
@@ -118,3 +121,25 @@ def test_torch_runs_out_of_memory_at_the_limit() -> None:
     record = read_record(study.trials[0])
     assert record.outcome == "terminated"
     assert record.breach is not None and record.breach.resource == "memory"
+
+
+@pytest.mark.parametrize("name", ["RemoteObjects", "Server"])
+def test_too_many_open_files_are_no_error_of_the_objective(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    study = optuna.create_study()
+    monkeypatch.setattr(run, name, fail)
+    study.optimize(isolated(always_one), n_trials=1)
+    monkeypatch.undo()
+    study.optimize(isolated(always_one), n_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    reason = read_record(study.trials[0]).reason
+    assert reason is not None and reason.startswith("The trial's process could not be started: ")
+    assert "Too many open files. Allow more open files (`ulimit -n`)" in reason
+
+
+def always_one(trial: optuna.Trial) -> float:
+    return 1.0

@@ -110,7 +110,7 @@ def test_folder_and_environment(tmp_path: Path) -> None:
 
 
 def test_values_of_python_arrive_as_they_are_printed(tmp_path: Path) -> None:
-    """Else a script could be pruned only at its end."""
+    """Otherwise a script could be pruned only at its end."""
     source = 'import time; print(\'{"step": 0, "value": 1}\'); time.sleep(60)'
     trial = run_one([sys.executable, "-c", source], base=AtStep(0))
     assert trial.state == TrialState.PRUNED
@@ -286,7 +286,10 @@ print('{"value": 1}')"""
         (lambda: script(["/etc/passwd"], suggest_x), PermissionError, "not executable"),
         (lambda: script("true", {"x": 1}), TypeError, "`params` must be a function"),
         (lambda: script("true", suggest_x, cwd="/nowhere"), FileNotFoundError, "`cwd` must be"),
+        (lambda: script("true", suggest_x, cwd=1), TypeError, "`cwd` must be"),
         (lambda: script("true", suggest_x, env={"X": 1}), TypeError, "`env` must map"),
+        (lambda: script("true", suggest_x, env={1: "X"}), TypeError, "`env` must map"),
+        (lambda: script("true", suggest_x, env="X=1"), TypeError, "`env` must map"),
         (lambda: script("true", suggest_x, grace_period=-1), ValueError, "`grace_period` must"),
         (lambda: script("true", suggest_x, on_crash="no"), ValueError, "`on_crash` must"),
     ],
@@ -351,7 +354,7 @@ def test_the_program_is_checked_unless_it_depends_on_the_parameters() -> None:
         (None, TypeError, "must be a string or a sequence of strings"),
     ],
 )
-def test_what_is_no_command(command: Any, error: type[Exception], text: str) -> None:
+def test_invalid_commands(command: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         split_command(command)
 

@@ -43,7 +43,7 @@ def serve(remote: RemoteObjects, events: Mock, supervisor: Channel, control: Cha
             each.close()
 
 
-def test_what_a_process_sent_just_before_the_end(
+def test_messages_just_before_the_end_of_a_process_are_read(
     remote: RemoteObjects, capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervisor, control = channel_pair()
@@ -92,14 +92,14 @@ def test_memory_over_its_limit_at_the_start_is_not_taken_for_an_earlier_breach(
 @pytest.fixture
 def silent(remote: RemoteObjects, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Yield the server of a trial whose supervisor never reports, as it hangs in the kernel."""
-    monkeypatch.setattr(server_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(server_module, "REPORT_TIME", 0.3)
     channels = [channel_pair() for _ in range(2)]
     (_, trial), (supervisor, control) = channels
     with subprocess.Popen(["sleep", "600"]) as process:
         supervisor.send(ProcessStarted(process.pid))
         server = Server(TrialConnections(trial, control), remote, Mock(), label="Trial 0")
         yield server
-        # It was killed, and the trial with it, which has asked the kernel for that.
+        # It was killed, and the trial along with it, by PR_SET_PDEATHSIG.
         assert process.wait(60) == -signal.SIGKILL
     server.close()
     for pair in channels:
@@ -150,7 +150,7 @@ def test_a_slow_storage_is_asked_seldom(
 
 
 class Deaf:
-    """Is interrupted where Python prints an exception and goes on."""
+    """Is interrupted where Python prints the exception and continues."""
 
     def __del__(self) -> None:
         signal.raise_signal(signal.SIGINT)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 from pathlib import Path
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -21,13 +24,14 @@ from optuna.trial import TrialState
 import psutil
 import pytest
 
-from optuna_quota import isolated, LimitBreached, Quota, QuotaSampler
+from optuna_quota import isolated, LimitBreached, Limits, Quota, QuotaSampler
 from optuna_quota._isolation import linux
 from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.launch import StartMethod
-from optuna_quota._isolation.signals import PoliteStop, STOP_SIGNAL
+from optuna_quota._isolation.signals import BEGIN, PoliteStop, STOP_SIGNAL
 from optuna_quota._records import read_record
+from optuna_quota._usage import Breach
 from tests.isolation_tests.scripts import journal
 from tests.isolation_tests.trials import needs_supervisor
 
@@ -56,6 +60,25 @@ def test_the_polite_stop_raises_nothing_in_a_clean_up(ending: type[BaseException
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_trial_that_is_to_begin_and_to_stop_at_once_stops() -> None:
+    # Both were sent before it ran again, as on a busy host or after SIGSTOP.
+    link, trial_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    trial_link.setblocking(False)
+    before = signal.getsignal(STOP_SIGNAL)
+    stop = PoliteStop(trial_link)
+    breach = Breach("wall_time", 1.0, 1.5, 1.5)
+    try:
+        for message in (BEGIN, pickle.dumps(breach)):
+            link.send(message)
+        with pytest.raises(LimitBreached, match="Time limit"):
+            signal.raise_signal(STOP_SIGNAL)
+    finally:
+        signal.signal(STOP_SIGNAL, before)
+        link.close()
+        trial_link.close()
+    assert stop.requested
 
 
 def test_the_stack_of_signal_handlers_is_in_use_until_it_is_replaced(
@@ -265,7 +288,7 @@ def test_the_objective_finds_the_dispositions_of_an_ordinary_child(
         text=True,
         timeout=120,
     )
-    # What stops a trial at a limit has its own signal.
+    # The stop at a limit has its own signal.
     own = {STOP_SIGNAL}
     lines = [eval(line) for line in done.stdout.splitlines()]
     assert len(lines) == 2, done.stderr
@@ -288,11 +311,55 @@ def test_signals_that_a_script_handles_when_it_is_imported_stay_handled() -> Non
     assert study.trials[0].value == 1.0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_signals_at_which_a_script_shows_its_stacks_do_so_in_its_trials(
+    method: StartMethod, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def wait_for_the_signal(trial: optuna.Trial) -> float:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return 1.0
+
+    faulthandler.register(signal.SIGUSR2, file=2)
+    try:
+        study = optuna.create_study()
+        study.optimize(isolated(wait_for_the_signal, start_method=method), n_trials=1)
+    finally:
+        faulthandler.unregister(signal.SIGUSR2)
+    assert study.trials[0].value == 1.0, read_record(study.trials[0]).reason
+    assert "in wait_for_the_signal" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_signals_that_a_script_waits_for_are_blocked_in_its_trials(method: StartMethod) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        for number in (signal.SIGUSR1, signal.SIGALRM):
+            os.kill(os.getpid(), number)
+        trial.set_user_attr("pending", sorted(signal.sigpending()))
+        time.sleep(60)
+        return 1.0
+
+    # The signal that stops a trial is never blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        study = optuna.create_study()
+        limited = isolated(
+            objective, start_method=method, limits=Limits(wall_time="3s"), grace_period=20
+        )
+        study.optimize(limited, n_trials=1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    attributes = study.trials[0].user_attrs
+    assert attributes["pending"] == sorted([signal.SIGUSR1, signal.SIGALRM])
+    assert attributes["quota:wall_time"] < 15
+
+
 INTERRUPTED = """
     import os, signal, sys, time
     from pathlib import Path
     import optuna
-    from optuna_quota import isolated, LimitBreached, Quota, QuotaSampler
+    from optuna_quota import isolated, LimitBreached, Limits, Quota, QuotaSampler
     from tests.isolation_tests.scripts import journal
 
     # A shell's background job, as this suite may be one, is started deaf to it.
@@ -324,25 +391,29 @@ INTERRUPTED = """
     grace = {"none": 0.0, "hurried": 1.0}.get(case, 20.0)
     if case == "hurried":
         case = "slow"
-    study.optimize(isolated(objective, grace_period=grace), n_trials=3)
+    study.optimize(isolated(objective, grace_period=grace), n_trials=3 - 2 * (case == "swallows"))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["plain", "quota", "calling", "swallows", "slow", "hurried", "none"]
-)
-def test_an_interrupt_gives_the_trial_its_grace_period(tmp_path: Path, case: str) -> None:
-    script = tmp_path / "script.py"
+def start_interrupted(folder: Path, case: str) -> subprocess.Popen[str]:
+    """Start the script that is interrupted, and wait until its objective has begun."""
+    script = folder / "script.py"
     script.write_text(textwrap.dedent(INTERRUPTED))
     process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), case],
+        [sys.executable, str(script), str(folder), case],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    wait_for(tmp_path / "started")
+    wait_for(folder / "started")
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["plain", "quota", "calling", "slow", "hurried", "none"])
+def test_an_interrupt_gives_the_trial_its_grace_period(tmp_path: Path, case: str) -> None:
+    process = start_interrupted(tmp_path, case)
     trial_process = psutil.Process(int((tmp_path / "started").read_text()))
     if case == "calling":
         time.sleep(0.5)
@@ -369,17 +440,19 @@ def test_an_interrupt_gives_the_trial_its_grace_period(tmp_path: Path, case: str
 
 
 @pytest.mark.slow
+def test_an_objective_that_takes_an_interrupt_may_return_a_value(tmp_path: Path) -> None:
+    process = start_interrupted(tmp_path, "swallows")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    (trial,) = optuna.load_study(storage=journal(tmp_path), study_name="s").trials
+    assert trial.value == 1.0 and trial.user_attrs["checkpoint"] == "here"
+    assert read_record(trial).outcome == "completed"
+
+
+@pytest.mark.slow
 def test_an_interrupt_of_all_processes_is_raised_once(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(INTERRUPTED))
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), "quota"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(tmp_path / "started")
+    process = start_interrupted(tmp_path, "quota")
     study_process = psutil.Process(process.pid)
     for each in [*study_process.children(recursive=True), study_process]:
         each.send_signal(signal.SIGINT)

@@ -22,6 +22,8 @@ import pytest
 
 from optuna_quota import isolated, Limits, TrialCrashed
 from optuna_quota._isolation.linux import is_exiting
+from optuna_quota._isolation.messages import BeginMonitoring
+from optuna_quota._isolation.supervisor import Supervisor
 from optuna_quota._records import read_record
 from tests.isolation_tests.scripts import journal
 from tests.isolation_tests.trials import escape, needs_supervisor, run_one
@@ -120,7 +122,7 @@ def test_nothing_that_a_trial_starts_survives_it(
 
     optuna.logging.enable_propagation()
     try:
-        # To start takes a second or more on a busy machine, and counts.
+        # Starting takes a second or more on a busy machine, and counts.
         limits = Limits(wall_time="8s" if end == "breach" else "5min")
         trial = run_one(objective, limits, grace_period=0.1)
     finally:
@@ -329,6 +331,42 @@ def test_a_fork_of_the_trial_sends_no_outcome(objective: Callable[..., Any]) -> 
     assert run_one(objective).value == 1.0
 
 
+def test_a_breach_of_memory_stops_the_trial_first_and_is_followed_closely() -> None:
+    order: list[str] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def send(self, _: Any) -> None:
+            order.append(self.name)
+
+    child = subprocess.Popen(["sleep", "60"])
+    parent = os.pidfd_open(os.getpid())
+    supervisor = Supervisor(
+        Recorder("report"),  # type: ignore[arg-type]
+        child.pid,
+        link=Recorder("stop"),  # type: ignore[arg-type]
+        parent=parent,
+        crash_file=-1,
+        cgroup=None,
+    )
+    try:
+        supervisor._monitoring = BeginMonitoring(5.0, memory=1.0, quota=False, elapsed=0.0)
+        supervisor._ready_at = 0.0
+        supervisor._memory.begin(None)
+        assert supervisor._check_memory(100.0) <= 0.0001
+        assert order == ["stop", "report"]
+        # It has not stopped, and takes no more.
+        assert supervisor._check_memory(100.01) <= 0.0001
+        assert supervisor._check_memory(100.1) > 0.0001
+    finally:
+        child.kill()
+        child.wait()
+        os.close(parent)
+        os.close(supervisor._child_handle)
+
+
 @pytest.mark.slow
 def test_nothing_leaks() -> None:
     def objective(trial: optuna.Trial) -> float:
@@ -343,7 +381,7 @@ def test_nothing_leaks() -> None:
     children = len(psutil.Process().children(recursive=True))
     files = own_files()
     study.optimize(wrapped, n_trials=180, n_jobs=2, catch=(TrialCrashed,))
-    # The metering holds what was last seen of a trial's processes until it looks again.
+    # The metering keeps descriptors of a trial's processes until the next sample.
     assert len(os.listdir("/proc/self/fd")) < handles + 60
     assert own_files() <= files
     # The last trial's supervisor may be at its end, the fork server's next processes on their way.

@@ -25,7 +25,7 @@ from optuna_quota._resources import HELD_RESOURCES
 
 Amounts = tuple[tuple[str, float], ...]
 
-# Where a worker stands: "ask" writes its claim next, "read" reads, "write" writes the decision,
+# The next step of a worker: "ask" writes its claim, "read" reads, "write" writes the decision,
 # "look" reads from the queue, "run" has been granted and may finish or extend.
 ENDS = ("finished", "refused", "failed")
 
@@ -193,7 +193,7 @@ def explore(model: Model) -> Graph:
 
 
 def cyclic(graph: Graph) -> set[State]:
-    """Return states from which some path never ends: what is left when ends are peeled off."""
+    """Return states on cycles or leading to one: what is left after removing dead ends."""
     before: dict[State, list[State]] = {state: [] for state in graph}
     out = {state: len(steps) for state, steps in graph.items()}
     for state, steps in graph.items():

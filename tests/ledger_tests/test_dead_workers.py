@@ -16,13 +16,16 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import Limits, Quota, status, Usage
-from optuna_quota._ledger import dead_workers, Ledger, RunningTrial
+from optuna_quota._ledger import dead_workers
 from optuna_quota._ledger.dead_workers import (
     charge_orphan,
     Leases,
     OrphanedTrial,
+    others_run,
     usage_rates,
 )
+from optuna_quota._ledger.heartbeat import RunningTrial
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.protocol import (
     is_alive,
     Reservation,
@@ -42,7 +45,7 @@ ELSEWHERE = Worker("far", "another machine", "", 7, 1.0)
 
 
 class FakeClock:
-    """Clocks that go by hand: sleeping lets the time pass."""
+    """A clock that only sleeping advances."""
 
     def __init__(self) -> None:
         self.now = 1_000_000.0
@@ -134,10 +137,10 @@ def test_a_dead_workers_trial_is_charged_what_was_seen_and_the_time_after_it() -
     # No more than it was granted; and all of that while no trial shows what it may have been.
     assert charge_orphan(dead, 140.0, {"gpu_time": 1e3})["gpu_time"] == 900
     assert charge_orphan(dead, 140.0, {})["gpu_time"] == 900
-    # From elsewhere the end is known by its silence alone.
+    # A worker on another machine is only known by its heartbeats.
     far = orphaned(False, silent=60.0, granted=granted, began=100.0, beat=130.0, used=seen)
     assert charge_orphan(far, 9e9, rates)["cpu_time"] == 100
-    # One that went on without finishing its row has measured it.
+    # A worker that continued without finishing its row has measured it.
     measured = orphaned(False, granted=granted, began=100.0, used={**seen, "gpu_time": 2.0})
     assert charge_orphan(measured, 140.0, rates) == {
         "trial_time": 30.0,
@@ -147,7 +150,7 @@ def test_a_dead_workers_trial_is_charged_what_was_seen_and_the_time_after_it() -
 
 
 def test_a_worker_that_died_long_ago_is_charged_no_longer_than_its_lease() -> None:
-    """Here its death is noticed when the study is resumed, which may be days later."""
+    """Here the dead worker is noticed when the study is resumed, which may be days later."""
     seen = {"wall_time": 30.0}
     dead = orphaned(True, granted={}, began=100.0, beat=130.0, used=seen)
     assert charge_orphan(dead, 90_000.0, {}, lease=60.0) == {"trial_time": 90.0}
@@ -191,14 +194,27 @@ def test_a_sign_of_life_renews_a_lease() -> None:
     assert study.trials[0].state == TrialState.RUNNING
 
 
-def test_whoever_waits_for_a_dead_worker_gets_its_turn() -> None:
+def test_a_worker_with_a_longer_lease_is_not_considered_dead() -> None:
+    study, clock = optuna.create_study(), FakeClock()
+    held = {"began": clock.now, "beat": time.time() - 500, "every": 150.0}
+    occupied(study, granted={"cpu_time": 9.0}, **held)
+    # It counts as running while its own lease of ten minutes lasts.
+    assert others_run(study)
+    ledger = Ledger(study, Quota(cpu_time=100), clock=clock, lease=60)
+    for seconds, state in ((0, "RUNNING"), (299, "RUNNING"), (2, "FAIL")):
+        clock.now += seconds
+        reserve(ledger, begin(study), {"cpu_time": 1.0})
+        assert study.trials[0].state.name == state
+
+
+def test_a_trial_that_waits_for_a_dead_worker_is_admitted() -> None:
     study, clock = optuna.create_study(), FakeClock()
     occupied(study, granted={"memory": 8.0}, began=clock.now, worker=this_machine(pid=2**22))
     ledger = Ledger(study, Quota(memory="10B"), clock=clock)
     assert isinstance(reserve(ledger, begin(study), {"memory": 5.0}), RunningTrial)
 
 
-def test_whoever_asks_for_a_whole_lease_is_dead_though_its_process_lives() -> None:
+def test_a_worker_that_asks_for_a_whole_lease_is_dead_though_its_process_lives() -> None:
     study, clock = optuna.create_study(), FakeClock()
     mine = begin(study)
     asking = occupied(study, worker=this_worker(), asked={"memory": 8.0})
@@ -222,7 +238,7 @@ def test_a_worker_that_wakes_after_its_lease_changes_nothing() -> None:
     assert isinstance(reserve(awake, begin(study), {"cpu_time": 90.0}), RunningTrial)
 
 
-def test_a_row_that_nobody_ever_touched_ends_too() -> None:
+def test_an_untouched_row_is_failed_too() -> None:
     study, clock = optuna.create_study(), FakeClock()
     study.ask()
     begun = study.ask()
@@ -238,7 +254,7 @@ def test_a_row_that_nobody_ever_touched_ends_too() -> None:
     assert status(study, quota=Quota(n_trials=1)).table.loc["n_trials", "used"] == 0
 
 
-def test_what_a_retried_trial_copied_from_the_dead_one_is_void() -> None:
+def test_attributes_that_a_retried_trial_copied_are_cleared() -> None:
     study = optuna.create_study()
     first = occupied(study, granted={"cpu_time": 9.0}, began=1.0)
     copied = storage_of(study).get_trial(first)
@@ -271,7 +287,7 @@ def this_machine(pid: int) -> Worker:
     return Worker(here.host, here.machine, here.space, pid, 1.0)
 
 
-def test_a_worker_is_told_by_its_process_and_its_start() -> None:
+def test_a_worker_is_identified_by_its_process_and_its_start() -> None:
     here = this_worker()
     assert is_alive(here) is True
     assert (

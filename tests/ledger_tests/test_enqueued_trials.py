@@ -36,7 +36,7 @@ def study(tmp_path: Path) -> optuna.Study:
 
 
 def give_twice(study: optuna.Study, trial_id: int, patch: pytest.MonkeyPatch) -> None:
-    """Let the next pop find a trial that was popped already, as SQLite does at times."""
+    """Make the next pop return a trial that was popped before, as SQLite sometimes does."""
     pop: Callable[[], int | None] = study._pop_waiting_trial_id
     given = [trial_id]
     patch.setattr(study, "_pop_waiting_trial_id", lambda: given.pop() if given else pop())
@@ -59,7 +59,7 @@ def test_a_row_that_another_worker_has_is_left_to_it(
     give_twice(study, trial_id, monkeypatch)
     study.optimize(objective)
     rows = study.trials
-    # The other's row is as it was; this worker went on with rows of its own, up to the quota.
+    # The other worker's row is unchanged; this one continued with its own, up to the quota.
     assert rows[0] == before
     assert [row.state for row in rows[1:4]] == [TrialState.COMPLETE] * 3
     assert all(row.params["x"] != 0.5 for row in rows[1:4])
@@ -86,7 +86,7 @@ def test_two_threads_that_are_given_one_row_run_two(
     assert [row.params["x"] == 0.5 for row in study.trials] == [True, False]
 
 
-def test_who_loses_the_race_takes_the_next_one_waiting(
+def test_the_worker_that_loses_the_race_takes_the_next_waiting_trial(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study.enqueue_trial({"x": 0.25})
@@ -125,7 +125,7 @@ def test_a_retried_trial_is_given_to_one_worker(
     assert first.suggest_float("x", 0, 1) == 0.5 != second.suggest_float("x", 0, 1)
 
 
-def test_an_enqueued_trial_that_nobody_has_runs(study: optuna.Study) -> None:
+def test_an_unclaimed_enqueued_trial_runs(study: optuna.Study) -> None:
     study.enqueue_trial({"x": 0.25})
     study.optimize(objective)
     assert [row.params["x"] for row in study.trials[:2]] == [0.5, 0.25]

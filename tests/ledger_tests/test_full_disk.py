@@ -52,7 +52,7 @@ def tune_until_full(address: Address, name: str, path: str | None) -> None:
     from optuna_quota._storage_retry import retry
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    # Nobody makes room meanwhile.
+    # The disk stays full meanwhile.
     retry.__kwdefaults__["timeout"] = 0.2
     if path is not None:
         most = os.path.getsize(path) + FREE
@@ -145,7 +145,7 @@ def test_a_torn_line_is_taken_out_of_a_journal(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for torn in (b'{"op_code":8,"worker_', b"x" * 100_000):
         path.write_bytes(whole + torn)
-        # Readers leave it alone; whoever writes next takes it away.
+        # Readers ignore the incomplete line; the next writer removes it.
         assert len(study.trials) == 1
         study.set_user_attr("after", len(torn))
         assert path.read_bytes().startswith(whole) and torn not in path.read_bytes()

@@ -11,8 +11,10 @@ import optuna
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, Usage
-from optuna_quota._ledger import check_gpus_per_trial, Gpu, Ledger, Refusal, RunningTrial
-from optuna_quota._ledger.gpus import GpuChoice, request_gpus
+from optuna_quota._ledger.gpus import check_gpus_per_trial, Gpu, GpuChoice
+from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.heartbeat import RunningTrial
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.protocol import Claim, ResourceRequest
 from tests.ledger_tests.test_ledger import begin, finish, reserve
 
@@ -33,8 +35,8 @@ GPUS = (Gpu("GPU-a", 24.0), Gpu("GPU-b", 16.0))
 def test_the_gpu_with_the_most_room(
     claims: list[Claim], need: float | None, expected: dict[str, ResourceRequest]
 ) -> None:
-    assert request_gpus(GPUS, claims, "here", need) == expected
-    assert request_gpus((), claims, "here", need) == {}
+    assert GpuChoice(GPUS, "here", need).request(claims) == expected
+    assert GpuChoice((), "here", need).request(claims) == {}
 
 
 FOUR = tuple(Gpu(f"GPU-{name}", 24.0) for name in "abcd")
@@ -61,7 +63,7 @@ def test_several_gpus_a_trial_and_the_memory_of_others(
     held: dict[str, float], in_use: dict[str, float], count: int, expected: dict[str, float]
 ) -> None:
     claims = [Claim(0, "here", held)]
-    found = request_gpus(FOUR, claims, "here", 20.0, count=count, in_use=in_use)
+    found = GpuChoice(FOUR, "here", 20.0, count, in_use).request(claims)
     assert found == {name: ResourceRequest(each, each) for name, each in expected.items()}
 
 
@@ -155,7 +157,7 @@ def test_trials_spread_over_the_gpus_and_wait_for_none() -> None:
     )
 
 
-def test_a_gpu_given_back_is_given_again() -> None:
+def test_a_released_gpu_is_assigned_again() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(n_trials=100), gpus=GPUS[1:])
     for _ in range(3):
@@ -165,7 +167,7 @@ def test_a_gpu_given_back_is_given_again() -> None:
         finish(study, ledger, trial, Usage(gpu_memory=10.0))
 
 
-def test_what_fits_no_gpu_is_refused() -> None:
+def test_a_trial_that_fits_no_gpu_is_refused() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(n_trials=100), gpus=GPUS)
     answer = reserve(ledger, begin(study), limits=Limits(gpu_memory="25B"))

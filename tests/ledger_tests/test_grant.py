@@ -38,7 +38,7 @@ GIB = 2.0**30
         (9.0, None, None, 8.0),
     ],
 )
-def test_what_is_held_is_promised_as_a_whole_before_a_trial_starts(
+def test_held_resources_are_granted_as_a_whole_before_a_trial_starts(
     resource: str,
     limit: float | None,
     bound: float | None,
@@ -70,7 +70,7 @@ def test_what_is_held_is_promised_as_a_whole_before_a_trial_starts(
         ("ask in a batch", 0.5, ResourceRequest(0.5, 0.5)),
     ],
 )
-def test_who_asks_by_hand_leaves_some_for_the_next(
+def test_a_trial_from_ask_leaves_some_for_the_next(
     requested_by: RequestedBy, limit: float | None, want: ResourceRequest
 ) -> None:
     limits = Limits(memory=None if limit is None else f"{limit}B")
@@ -146,7 +146,7 @@ def test_a_promise_follows_the_point_once_it_is_known(
         (Quota(memory="9B"), {"memory": 1}, {"memory": 1}, {}),
     ],
 )
-def test_what_is_left(
+def test_what_is_left_of_a_quota_for_a_trial(
     quota: Quota,
     granted: Mapping[str, float],
     free: Mapping[str, float],
@@ -169,7 +169,7 @@ def test_a_slice_becomes_what_the_point_needs() -> None:
     assert request.least == request.most == 2
 
 
-def test_what_a_trial_has_used_is_not_released() -> None:
+def test_used_amounts_are_not_released() -> None:
     quota, granted = Quota(trial_time=10, cpu_time=10), {"trial_time": 9.0, "cpu_time": 9.0}
     expected, used = {"wall_time": 1.0, "cpu_time": 1.0}, {"wall_time": 4.0, "cpu_time": 8.0}
     smaller, larger = revise_grant(quota, Limits(), granted, expected, used)

@@ -34,6 +34,25 @@ class Owner:
     def beat(self, trial_id: int) -> None: ...
 
 
+def test_a_thread_that_is_to_write_in_a_thousand_years_extends_until_then() -> None:
+    extended = threading.Event()
+
+    class Extending(Owner):
+        def extend(self, trial_id: int) -> None:
+            extended.set()
+
+    owner = Extending()
+    heartbeat = Heartbeat(owner.extend, owner.beat, 1e12)
+    heartbeat.add(0)
+    thread = heartbeat._thread
+    assert thread is not None
+    # Its first wait is over before it is asked.
+    thread.join(0.1)
+    heartbeat.request_extension(0)
+    assert extended.wait(60)
+    heartbeat.remove(0)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_frees_the_owner_though_the_thread_held_its_lock() -> None:

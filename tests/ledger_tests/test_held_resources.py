@@ -14,7 +14,9 @@ from optuna.distributions import FloatDistribution
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, Strategy, Usage
-from optuna_quota._ledger import Ledger, Refusal, RunningTrial
+from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.heartbeat import RunningTrial
+from optuna_quota._ledger.ledger import Ledger
 from tests.ledger_tests.test_ledger import begin, extend, finish, reserve
 from tests.waiting import until
 
@@ -60,7 +62,17 @@ def test_threads_together_hold_no_more_than_the_quota(memory: str, at_once: int)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 12
 
 
-def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
+def test_a_trial_that_is_to_hold_nothing_has_a_ceiling_where_others_hold_all() -> None:
+    study = optuna.create_study()
+    ledger = Ledger(study, Quota(gpu_memory="1GiB"))
+    holder, other = begin(study), begin(study)
+    assert isinstance(reserve(ledger, holder, {"gpu_memory": 2**30}), RunningTrial)
+    assert isinstance(reserve(ledger, other, {"gpu_memory": 0.0}), RunningTrial)
+    # As `on_crowded="smaller"` judges its point.
+    assert Limits().tightened(ledger.room(other)).gpu_memory == pytest.approx(0, abs=1)
+
+
+def test_the_trial_that_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
     study = optuna.create_study()
     quota = Quota(memory="10B")
     ledger = Ledger(study, quota)
@@ -116,12 +128,12 @@ def test_a_trial_that_waits_until_its_study_has_ended_is_refused_and_holds_nothi
     refusal = ledger.reserve(late, limits=Limits(), footprint={"memory": 8}, is_over=is_over)
     assert isinstance(refusal, Refusal) and refusal.late and not refusal.final
     assert asked == [False, False, True]
-    # It stands in nobody's way.
+    # It blocks no other trial.
     assert isinstance(reserve(ledger, next_one, {"memory": 4}), RunningTrial)
 
 
 class Hourglass:
-    """A clock that sleeping moves on, and that calls when its time has come."""
+    """A clock that sleeping advances, and that calls back at a given time."""
 
     def __init__(self, due: float, call: Callable[[], None]) -> None:
         self.now, self.due, self.call = 0.0, due, call
@@ -141,7 +153,7 @@ class Hourglass:
 
 @pytest.mark.usefixtures("another_thread")
 @pytest.mark.parametrize("by_another_thread", [False, True])
-def test_a_wait_for_what_the_same_thread_asked_for_is_told(
+def test_a_thread_that_waits_for_its_own_trials_is_warned(
     by_another_thread: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     study = optuna.create_study()
@@ -156,15 +168,15 @@ def test_a_wait_for_what_the_same_thread_asked_for_is_told(
         reserve(ledger, first, {"memory": 6})
     caplog.set_level(logging.WARNING, logger="optuna.quota")
     assert isinstance(reserve(ledger, second, {"memory": 6}), RunningTrial)
-    told = {r.message for r in caplog.records if r.levelno == logging.WARNING}
+    logged = {r.message for r in caplog.records if r.levelno == logging.WARNING}
     if by_another_thread:
-        assert told == set()
+        assert logged == set()
     else:
-        (message,) = told
+        (message,) = logged
         assert message.startswith("Trial 1 waits for memory that trial 0 holds.")
 
 
-def test_what_can_never_fit_is_refused_and_the_study_is_not_over() -> None:
+def test_a_trial_that_can_never_fit_is_refused_and_the_study_is_not_over() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(memory="10B"))
     refusal = reserve(ledger, begin(study), {"memory": 11})
@@ -254,7 +266,7 @@ def test_no_trial_within_its_promise_is_ended_for_the_quota(
     assert min(promised[10:]) < min(promised[:4])
 
 
-def test_why_trials_of_unknown_needs_run_one_at_a_time_is_told_once(
+def test_why_trials_of_unknown_needs_run_one_at_a_time_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     crowd = Crowd()
@@ -267,8 +279,8 @@ def test_why_trials_of_unknown_needs_run_one_at_a_time_is_told_once(
     caplog.set_level(logging.INFO, logger="optuna.quota")
     study = tune(objective, quota=Quota(cpu_cores=2))
     assert {t.state.name for t in study.trials} == {"COMPLETE"} and crowd.most == 1
-    told = [r.message for r in caplog.records if "one at a time" in r.message]
-    assert len(told) == 1 and "`Limits(cpu_cores=…)`" in told[0]
+    logged = [r.message for r in caplog.records if "one at a time" in r.message]
+    assert len(logged) == 1 and "`Limits(cpu_cores=…)`" in logged[0]
 
 
 def test_a_batch_that_is_asked_for_by_hand_does_not_wait_for_itself() -> None:

@@ -27,7 +27,7 @@ GRACE = 3
 
 
 class HangingLock(JournalFileSymlinkLock):
-    """A lock that its holder keeps for good, at a moment, once it is armed."""
+    """A lock that its holder never releases once it is armed."""
 
     def __init__(self, path: str, moment: Moment, marker: Path) -> None:
         super().__init__(path)

@@ -9,7 +9,9 @@ from optuna.trial import FrozenTrial, TrialState
 import pytest
 
 from optuna_quota import Limits, Quota, Usage
-from optuna_quota._ledger import Ledger, Refusal, RunningTrial
+from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.heartbeat import RunningTrial
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import TrialRecord, write_record
 

@@ -47,7 +47,7 @@ def test_a_total_ends_a_trial_that_would_run_on_and_then_the_study(
             wait_for(processes)
         rows = study.trials
         outcomes = [row.user_attrs["quota:outcome"] for row in rows]
-        # What ran on was ended by what was left of the quota, and nothing ran after that.
+        # Running trials ended with the rest of the quota, and none started after that.
         assert rows[1].user_attrs["quota:outcome"] == "terminated"
         assert rows[1].user_attrs["quota:breach"]["quota"] is True
         assert all(row.state.is_finished() for row in rows)
@@ -55,8 +55,8 @@ def test_a_total_ends_a_trial_that_would_run_on_and_then_the_study(
         (resource,) = quota.amounts()
         line = next(line for line in status(study).lines if line.resource == resource)
         assert line.reserved == 0 and line.used > 0.9 * 4
-        # It was stopped within the stopping latency, not within a trial of 10 minutes; a loaded
-        # machine is forgiven much.
+        # It was stopped within the stopping latency, not after a trial of 10 minutes; with a large
+        # tolerance for a loaded machine.
         assert line.used < 20
 
 

@@ -67,10 +67,10 @@ def test_in_every_interleaving_the_quota_holds_and_every_trial_ends(name: str) -
     for state, steps in graph.items():
         for resource, quota in model.quota.items():
             assert total(state, resource) <= quota + 1e-9, state
-        # No deadlock: whoever can't step is at its end, or someone else can.
+        # No deadlock: each worker has ended, or at least one can take a step.
         assert steps or all(worker.phase in ENDS for worker in state[0]), state
-    # No livelock: however the steps fall, they come to an end. With the above, whatever is
-    # scheduled, someone gets on until all are done; nobody starves.
+    # No livelock: any sequence of steps ends. With the above, whatever is
+    # scheduled, at least one progresses until all are done: no worker starves.
     assert not cyclic(graph)
 
 
@@ -161,7 +161,7 @@ def test_a_decision_by_what_others_hold_ask_and_wait_for(
     assert (found.shortage is None) == (action == "grant")
 
 
-def test_what_is_held_counts_by_machine() -> None:
+def test_held_resources_count_by_machine() -> None:
     others = [Claim(0, "there", granted={"memory": 9})]
     wants = {"memory": ResourceRequest(5, 5)}
     assert decide(Claim(1, "here"), wants, others, {}, {"memory": 10}).action == "grant"

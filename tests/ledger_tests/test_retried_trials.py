@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaSampler
-from optuna_quota._ledger import Ledger
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.protocol import Reservation, reservation_object, this_worker, Worker
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import RESERVATION

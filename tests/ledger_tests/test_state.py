@@ -9,7 +9,9 @@ from optuna.storages import get_storage
 import pytest
 
 from optuna_quota import Limits, Quota
-from optuna_quota._ledger import Ledger, Refusal, RunningTrial
+from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.heartbeat import RunningTrial
+from optuna_quota._ledger.ledger import Ledger
 
 
 @pytest.mark.slow

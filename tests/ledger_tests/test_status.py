@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import optuna
-import pandas as pd
 import pytest
 
-from optuna_quota import Quota, status, Usage
-from optuna_quota._ledger import Ledger, stored_quota
-from optuna_quota._ledger.status import LedgerLine, LedgerStatus
+from optuna_quota import Quota, status, Strategy, Usage
+from optuna_quota._ledger.ledger import Ledger
+from optuna_quota._ledger.status import LedgerLine, LedgerStatus, stored_quota
+from optuna_quota._projection.projection import ProjectedResource, Projection
 from optuna_quota._records import amounts_object, STUDY_PRICES, STUDY_QUOTA
 from tests.ledger_tests.test_ledger import begin, finish, reserve
 
@@ -46,7 +46,7 @@ def test_used_reserved_and_left_come_from_rows_and_the_studys_quota() -> None:
     assert table.loc["trial_time", "used"] == 50 and math.isnan(table.loc["trial_time", "quota"])
 
 
-def test_usage_is_told_by_worker_and_by_outcome() -> None:
+def test_usage_is_shown_by_worker_and_by_outcome() -> None:
     quota = Quota(cpu_time=100)
     study = study_with(quota)
     ledger = Ledger(study, quota)
@@ -72,7 +72,12 @@ def test_a_study_without_a_quota_or_trials_has_a_status() -> None:
     assert str(found)
 
 
-def test_the_pace_so_far_tells_which_quota_ends_first() -> None:
+def test_a_quota_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="`quota` must be a Quota but got 5"):
+        status(optuna.create_study(), quota=5)  # type: ignore[arg-type]
+
+
+def test_the_pace_so_far_shows_which_quota_ends_first() -> None:
     lines = (
         LedgerLine("wall_time", 100, 0, 1000),
         LedgerLine("cpu_time", 50, 0, 100),
@@ -85,12 +90,9 @@ def test_the_pace_so_far_tells_which_quota_ends_first() -> None:
 
 
 def test_a_projection_tells_the_end() -> None:
-    class Projected:
-        table = pd.DataFrame(
-            {"used": [100.0], "median": [160.0], "upper": [220.0]}, index=["wall_time"]
-        )
-
-    text = status(optuna.create_study(), projection=Projected()).end
+    row = ProjectedResource("wall_time", 100.0, 130.0, 160.0, 220.0, None, None)
+    projection = Projection(Strategy(2), (row,), 1.0)
+    text = status(optuna.create_study(), projection=projection).end
     assert text is not None and "1 min 0 s" in text.replace("1 min of", "1 min 0 s of")
     assert "2 min" in text
 
@@ -109,7 +111,7 @@ def test_a_malformed_quota_is_none(attributes: dict[str, object]) -> None:
     assert not stored_quota(attributes)
 
 
-def test_unknown_usage_is_said_and_counts_with_the_limit() -> None:
+def test_unknown_usage_is_reported_and_counts_with_the_limit() -> None:
     quota = Quota(cpu_time=100)
     study = study_with(quota)
     study.set_user_attr("quota:limits", {"cpu_time": 20})

@@ -16,7 +16,8 @@ import optuna
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaSampler, status
-from optuna_quota._ledger import Ledger, ledger as ledger_module, protocol
+from optuna_quota._ledger import ledger as ledger_module, protocol
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.protocol import Reservation, reservation_object, this_worker, Worker
 from optuna_quota._ledger.totals import Entry, IntervalUnion, QuotaTotals
 from optuna_quota._metering import metering_loop
@@ -105,6 +106,13 @@ def test_the_time_between_trials_of_one_worker_counts_and_a_pause_does_not(
     for number, (machine, start, end) in enumerate(starts):
         totals.update([row(number, machine, start, end)], [])
     assert totals.used(0)["wall_time"] == pytest.approx(seconds)
+
+
+def test_a_trial_of_unknown_time_counts_with_the_limit_on_wall_time() -> None:
+    totals = QuotaTotals(Quota(trial_time=100), {"wall_time": 20.0})
+    unknown = Entry(1, 1, "finished", "failed", Reservation(1), {"trial_time": None})
+    totals.update([row(0, "a", 0, 5), unknown], [])
+    assert totals.used(0)["trial_time"] == 25
 
 
 def test_the_time_before_a_trial_that_starts_now_counts_too() -> None:

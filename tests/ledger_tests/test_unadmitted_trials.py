@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 from pathlib import Path
 import time
@@ -36,6 +37,17 @@ def study_of(quota: Quota, limits: Limits) -> optuna.Study:
 
 def x_of(trial: optuna.Trial) -> float:
     return trial.suggest_float("x", 0, 1)
+
+
+def test_a_preempted_row_runs_again_and_counts_no_trial() -> None:
+    study = study_of(Quota(n_trials=10), Limits())
+    start = datetime.datetime.now() - datetime.timedelta(seconds=5)
+    preempted = added(TrialState.FAIL, user_attrs={"quota:outcome": "preempted"})
+    preempted.datetime_start = start
+    study.add_trials([preempted])
+    used = status(study, quota=Quota(n_trials=10)).table["used"]
+    assert used["n_trials"] == 0
+    assert used["trial_time"] == pytest.approx(5, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +135,13 @@ def test_trials_from_before_the_quota_count_and_the_log_says_so(
     caplog.set_level(logging.INFO, logger="optuna.quota")
     study.optimize(objective, n_trials=10)
     assert len(study.trials) == 6
-    told = [r.message for r in caplog.records if "from before it was set" in r.message]
-    assert len(told) == 1 and "(3 ran, 1 was added)" in told[0]
-    assert "ms of trial time." in told[0]
-    assert "s of wall time" in told[0]
+    logged = [r.message for r in caplog.records if "from before it was set" in r.message]
+    assert len(logged) == 1 and "(3 ran, 1 was added)" in logged[0]
+    assert "ms of trial time." in logged[0]
+    assert "s of wall time" in logged[0]
     ours = [r.getMessage() for r in caplog.records if r.name.startswith("optuna.quota")]
     first, second, *_ = dict.fromkeys(ours)
-    assert first == told[0]
+    assert first == logged[0]
     assert second.startswith("Resumed: 3 earlier trials have used 3 of 5 (trials), ")
     used = status(study).table["used"]
     assert used["n_trials"] == 5
@@ -152,5 +164,5 @@ def test_trials_from_before_the_quota_count_and_the_log_says_so(
         ),
     ],
 )
-def test_the_sentence(earlier: dict[str, float], text: str | None) -> None:
+def test_the_log_line_on_earlier_trials(earlier: dict[str, float], text: str | None) -> None:
     assert describe_unadmitted(earlier) == text

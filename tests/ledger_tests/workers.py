@@ -14,7 +14,8 @@ import optuna
 from optuna.trial import TrialState
 
 from optuna_quota import Limits, Quota, Usage
-from optuna_quota._ledger import Ledger, Refusal
+from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import TrialRecord, write_record
 from tests.storages import Address
@@ -66,7 +67,7 @@ def start(target: Callable[..., Any], *arguments: Any) -> BaseProcess:
 def working(
     count: int, target: Callable[..., Any], *arguments: Any
 ) -> Iterator[list[BaseProcess]]:
-    """Run processes; none is left behind the block."""
+    """Run processes, and end them with the block."""
     processes = [start(target, *arguments) for _ in range(count)]
     try:
         yield processes

@@ -17,7 +17,7 @@ import textwrap
 
 import pytest
 
-from optuna_quota._metering.warn import forget_warnings
+from optuna_quota._metering.meter import forget_warnings
 from optuna_quota.testing import fake_metering, FakeMetering
 
 
@@ -152,8 +152,10 @@ class FakeNvml:
 PRELUDE = """
 import logging, os, sys, textwrap, time
 from optuna_quota import Limits
-from optuna_quota._metering import MeteringLoop
+from optuna_quota._metering import gpu_reader, MeteringLoop
 
+# Tests at the same time have devices of the same names, and are no workers of one machine.
+gpu_reader._PREFIX += f"{os.getpid()}/"
 handler = logging.StreamHandler(sys.stdout)
 handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
 logging.getLogger("optuna.quota").addHandler(handler)

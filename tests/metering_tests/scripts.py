@@ -54,13 +54,13 @@ def script(code: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def line(child: subprocess.Popen[str]) -> str:
-    """Return the next line that a script says."""
+    """Return the next line that a script prints."""
     assert child.stdout is not None
     return child.stdout.readline().strip()
 
 
 def tell(child: subprocess.Popen[str], words: str = "") -> None:
-    """Let a script that hears go on."""
+    """Let a script that waits for its input continue."""
     assert child.stdin is not None
     child.stdin.write(f"{words}\n")
     child.stdin.flush()

@@ -62,7 +62,7 @@ def test_of_several_breaches_the_furthest_over_its_limit_is_first() -> None:
     ("wanted", "share", "is_found"),
     [(96.0, AT_LIMIT, True), (94.0, AT_LIMIT, False), (0.0, 0.0, True), (120.0, AT_LIMIT, True)],
 )
-def test_what_is_refused_near_a_limit_is_a_breach(
+def test_a_refused_allocation_near_a_limit_is_a_breach(
     wanted: float, share: float, is_found: bool
 ) -> None:
     breach = find_refused_breach("memory", wanted, {"memory": Ceiling(100)}, 2.0, share=share)
@@ -114,7 +114,7 @@ def test_only_a_refusal_that_came_after_the_breach_ends_a_trial() -> None:
     extension.resolve(TEN, TEN, 1.0)
     extension.review([], {"cpu_time": 9.0}, TEN, 1.1)
     assert not asks(extension)
-    # Others may have given back theirs since.
+    # Others may have released theirs since.
     assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.15) == []
     assert asks(extension)
     assert extension.needs == {"cpu_time": 10.5}
@@ -143,7 +143,7 @@ def test_a_returned_grant_can_be_requested_again() -> None:
     assert asks(extension)
 
 
-def test_a_trial_left_with_nothing_ends_at_once() -> None:
+def test_a_trial_with_a_grant_of_zero_ends_at_once() -> None:
     extension = QuotaExtension(lambda: None)
     extension.resolve({}, {"trial_time": (0.0, True)}, 1.0)
     over = Breach("trial_time", 0, 1, 1, quota=True)

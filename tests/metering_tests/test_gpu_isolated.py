@@ -23,10 +23,6 @@ SCRIPT = """
 import json, os, types
 import optuna
 from optuna_quota import Quota, QuotaPruner, QuotaSampler, isolated
-from optuna_quota._metering import gpu_reader
-
-# Tests at the same time have devices of the same names, and are no workers of one machine.
-gpu_reader._PREFIX += f"{os.getpid()}/"
 
 GB = 1_000_000_000
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -249,6 +245,19 @@ def test_without_a_driver_the_frameworks_own_counters_are_used(rows: Rows) -> No
     assert (row["gpu_memory"], row["gpu_source"]) == (3 * GB, "framework")
 
 
+def test_memory_that_a_framework_caches_is_read_before_the_process_ends(rows: Rows) -> None:
+    code = FAKE_TORCH.format(peak=GB).replace(
+        "    return 1.0",
+        """    time.sleep(0.5)  # between two readings from now on, whenever those are
+    say(device(0, 4 * GB, 50_000) + f"process 0 {os.getpid()} {4 * GB}\\n")
+    return 1.0""",
+    )
+    # Readings are far apart where they take long; the first and the last are of the trial's ends.
+    slow = "from optuna_quota._metering import gpu_meter; gpu_meter._PERIOD = 30.0\n"
+    (row,) = rows(slow + code + "say(device(0, 0))\ntune(objective)\n")
+    assert (row["gpu_memory"], row["gpu_source"]) == (4 * GB, "process")
+
+
 def test_a_framework_without_gpu_use_records_nothing(rows: Rows) -> None:
     (row,) = rows(FAKE_TORCH.format(peak=0) + "tune(objective)\n", has_driver=False)
     assert "gpu_memory" not in row and "gpu_source" not in row
@@ -355,3 +364,23 @@ def test_a_driver_that_hangs_at_the_end_of_a_trial_does_not_hold_it_up(rows: Row
     assert [first["outcome"], second["outcome"]] == ["completed", "completed"]
     assert first["gpu_memory"] == 2 * GB
     assert first["wall_time"] < 10
+
+
+def test_a_driver_that_lets_others_wait_while_cuda_starts_is_asked_again_soon(rows: Rows) -> None:
+    (row,) = rows(
+        """
+def objective(trial):
+    say(device(0, 0) + "hang nvmlDeviceGetMemoryInfo\\n")
+    time.sleep(0.3)
+    say(device(0, 0))
+    time.sleep(0.3)
+    say(device(0, 3 * GB) + f"process 0 {os.getpid()} {3 * GB}\\n")
+    time.sleep(1)
+    say(device(0, 0))
+    return 1.0
+
+say(device(0, 0))
+tune(objective, gpu_memory=9 * GB)
+"""
+    )
+    assert (row["outcome"], row["gpu_memory"]) == ("completed", 3 * GB)

@@ -15,14 +15,21 @@ import time
 
 import pytest
 
-from optuna_quota._metering import gpu_reader
+from optuna_quota._metering import nvml
 from optuna_quota._metering.gpu_meter import GpuMeter
 from optuna_quota._metering.gpu_reader import GpuReader
 from optuna_quota._metering.nvml import GpuSample
 from optuna_quota._metering.visible_gpus import has_gpu_open
+from tests.waiting import until
 
 
 GB = 1_000_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def driver() -> None:
+    """Forget that an earlier test has found no driver: queries would not use the thread."""
+    nvml.open_devices.cache_clear()
 
 
 class Device:
@@ -32,6 +39,8 @@ class Device:
         self.identity = identity
         self.used = 0.0
         self.held: dict[int, int | None] = {}
+        self.energy, self.n_totals = 0.0, 0
+        self.sampled: list[GpuSample] = []
 
     def processes(self) -> dict[int, int | None]:
         return dict(self.held)
@@ -40,13 +49,14 @@ class Device:
         return int(self.used), int(80 * GB)
 
     def samples(self, since: float) -> list[GpuSample]:
-        return []
+        return [sample for sample in self.sampled if sample.seconds > since]
 
     def utilization(self) -> float:
         return 0.0
 
     def joules(self) -> float:
-        return 0.0
+        self.n_totals += 1
+        return self.energy
 
 
 @contextlib.contextmanager
@@ -118,6 +128,65 @@ def test_each_reading_is_new() -> None:
             assert meter.read([1])["gpu_memory"].value == used * GB
 
 
+def test_totals_are_read_less_often_than_memory_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("optuna_quota._metering.gpu_meter._TOTALS_PERIOD", 1000.0)
+    device = Device()
+    with meter_on(reader_of(device)) as meter:
+        for held in (1, 2, 3):
+            device.held, device.energy = {1: held}, 70.0
+            found = meter.read([1])
+            assert (found["gpu_memory"].value, found["energy"].value) == (held, 0.0)
+        assert device.n_totals == 1
+        assert meter.read([1], fully=True)["energy"].value == 70.0
+        assert device.n_totals == 2
+
+
+def test_a_process_is_not_charged_for_the_time_before_it_began() -> None:
+    device = Device()
+    reader = reader_of(device)
+    with meter_on(reader) as meter:
+        # As after a long while in which the device was idle.
+        reader._devices[0]._sampled -= 100.0
+        device.held = {1: 5}
+        meter.read([1])
+        began = reader.latest.at
+        device.sampled = [GpuSample(1, began + 3.0, 0.5)]
+        assert meter.read([1], fully=True)["gpu_time"].value == pytest.approx(1.5)
+        device.sampled.append(GpuSample(1, began + 7.0, 1.0))
+        assert meter.read([1], fully=True)["gpu_time"].value == pytest.approx(5.5)
+
+
+def work(seconds: float) -> None:
+    """Use this much CPU time in this thread."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_readings_that_take_long_are_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optuna_quota._metering.gpu_meter._MAX_LOAD", 0.5)
+    device = Device()
+    reader = reader_of(device)
+    with meter_on(reader) as meter, monkeypatch.context() as patch:
+        meter.read([1])
+        assert meter.period == 0.02
+        # A driver that lets others wait while a process starts CUDA does not work meanwhile.
+        patch.setattr(device, "memory", lambda: time.sleep(0.2) or (0, 1))
+        meter.read([1])
+        assert meter.period == 0.02
+        patch.setattr(device, "memory", lambda: work(0.1) or (0, 1))
+        meter.read([1])
+        assert 0.2 <= meter.period <= 0.25
+        # Of totals alone, memory is read as often as before.
+        patch.undo()
+        patch.setattr(device, "joules", lambda: work(0.1) or 0.0)
+        meter.read([1], fully=True)
+        assert reader.totals_cost >= 0.1
+        assert meter.period == 0.02
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has the files")
 def test_the_files_that_a_process_has_open(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -167,11 +236,11 @@ def hanging(device: Hanging, reader: GpuReader) -> Iterator[None]:
 
 
 def test_while_the_driver_hangs_trials_begin_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_reader, "_TIMEOUT", 0.05)
     device = Hanging()
     reader = reader_of(device)
     with meter_on(reader) as before, meter_on(reader) as ended:
-        with hanging(device, reader):
+        with hanging(device, reader), monkeypatch.context() as patch:
+            patch.setattr(nvml, "ANSWER_TIME", 0.05)
             assert before.read([1]) == {}
             ended.close()
             assert ended.read([2]) == {}  # as by another thread, which was about to
@@ -180,6 +249,7 @@ def test_while_the_driver_hangs_trials_begin_and_end(monkeypatch: pytest.MonkeyP
             lost = begun.read(())
             assert lost["gpu_memory"].lost and begun.period == math.inf
         device.used, device.held = 3 * GB, {1: int(3 * GB)}
+        until(lambda: before.read([1]))
         assert before.read([1])["gpu_memory"].value == 3 * GB
         # Of a trial whose beginning is not known, nothing is; the driver is not asked any more.
         n_readings = device.n_readings

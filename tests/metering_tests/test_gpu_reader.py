@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from optuna_quota._metering.gpu_reader import DeviceReading, growth, is_alive
+from optuna_quota._metering.gpu_reader import DeviceReading, growth, has_process
 
 
 # A pid that no process of this machine has.
@@ -32,12 +32,12 @@ def test_another_users_process_is_alive_though_proc_may_hide_it(
     def kill(pid: int, number: int) -> None:
         raise {1: PermissionError, 2: ProcessLookupError}[pid]
 
-    assert is_alive(os.getpid())
-    assert not is_alive(HOST_PID)
-    assert not is_alive(2**32 - 1)
+    assert has_process(os.getpid())
+    assert not has_process(HOST_PID)
+    assert not has_process(2**32 - 1)
     monkeypatch.setattr(os, "kill", kill)
-    assert is_alive(1)
-    assert not is_alive(2)
+    assert has_process(1)
+    assert not has_process(2)
 
 
 def test_hidden_use_is_held_by_processes_that_are_not_listed() -> None:

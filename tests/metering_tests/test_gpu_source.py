@@ -307,7 +307,8 @@ first.end()
 def test_another_worker_on_the_gpu_is_noticed(run: Run) -> None:
     out = run(
         """
-code = "from optuna_quota._metering.gpu_meter import gpu_reader; reader = gpu_reader()\\n"
+code = "from optuna_quota._metering import gpu_meter, gpu_reader\\n"
+code += f"gpu_reader._PREFIX = {gpu_reader._PREFIX!r}; reader = gpu_meter.gpu_reader()\\n"
 code += "reader.claim(1, frozenset(['GPU-0'])); print('there', flush=True); input()"
 say(device(0, 0) + device(1, 0))
 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -354,7 +355,7 @@ for peak in (5, 4):
     assert warnings(out) == []
 
 
-def test_trials_with_a_gpu_each_are_told_apart(run: Run) -> None:
+def test_trials_with_a_gpu_each_are_measured_separately(run: Run) -> None:
     out = run(
         """
 say(device(0, 1 * GB) + device(1, 2 * GB))

@@ -18,13 +18,25 @@ from optuna_quota._metering.linux_process import (
 
 
 MIB = 2**20
-BEFORE = MemorySnapshot(highest=100 * MIB, resident=100 * MIB, file=40 * MIB, faults=1000, huge=0)
 
 
 def mark(
-    highest: int, resident: int = 100, *, file: int = 40, faults: int = 1000, huge: int = 0
+    highest: int,
+    resident: int = 100,
+    *,
+    file: int = 40,
+    most_file: int = 40,
+    faults: int = 1000,
+    huge: int = 0,
 ) -> MemorySnapshot:
-    return MemorySnapshot(highest * MIB, resident * MIB, file * MIB, faults, huge * MIB)
+    most = max(file, most_file) * MIB
+    anonymous = (resident - file) * MIB
+    return MemorySnapshot(
+        highest * MIB, resident * MIB, anonymous, file * MIB, most, faults, huge * MIB
+    )
+
+
+BEFORE = mark(100)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +49,8 @@ def mark(
         (mark(400, faults=5_800), None),  # 64 KiB a fault: a file
         (mark(400, faults=1_150), None),  # huge pages of a file
         (mark(400, faults=1_150, huge=20), None),
+        # A file that came and went, beside other processes' huge pages.
+        (mark(400, most_file=300, faults=1_150, huge=300), None),
         (
             mark(400, 220, file=160, faults=78_000),
             None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import os
 from pathlib import Path
 import signal
@@ -14,9 +15,13 @@ import pytest
 
 from optuna_quota._metering import linux_process, linux_process_tree, monitored_tree
 from optuna_quota._metering.linux_process import LinuxProcess
-from optuna_quota._metering.linux_process_tree import LinuxProcessTree, ProcessCreationProbe
+from optuna_quota._metering.linux_process_tree import (
+    LinuxProcessTree,
+    ProcessCreationProbe,
+    TreeSampler,
+)
 from optuna_quota._metering.monitored_tree import open_tree
-from optuna_quota._metering.process_tree import ProcessTree, PsutilProcessTree
+from optuna_quota._metering.process_tree import ProcessMemory, ProcessTree, PsutilProcessTree
 from tests.metering_tests.scripts import line, script, tell
 
 
@@ -187,6 +192,45 @@ hear()
     assert reading.memory is not None and 120 * MIB < reading.memory < 200 * MIB
 
 
+@pytest.mark.parametrize(
+    "give_up",
+    [
+        "block.clear()",
+        "os.execv(sys.executable, [sys.executable, '-c', 'input()'])",
+        "os._exit(0)",
+    ],
+    ids=["freed", "another program", "ended"],
+)
+def test_pages_that_a_worker_gives_up_are_its_parents(give_up: str) -> None:
+    code = f"""
+block = bytearray(120 * MIB)
+told, tell = os.pipe()
+def work():
+    say("shares")
+    hear()
+    os.write(tell, b"x")
+    {give_up}
+fork(work)
+os.read(told, 1)
+time.sleep(0.3)
+other = bytearray(60 * MIB)
+say("grown")
+time.sleep(60)
+"""
+    with script(code) as child:
+        assert line(child) == "shares"
+        tree = LinuxProcessTree(child.pid)
+        shared = tree.read(thorough=True).memory
+        assert shared is not None and shared < 150 * MIB
+        tell(child)
+        assert line(child) == "grown"
+        # As if that took so long that the next one is not yet due.
+        tree._shared._cost = 0.1
+        found = tree.read(thorough=False, ceiling=160 * MIB).memory
+        tree.close()
+    assert found is not None and found > 180 * MIB
+
+
 def test_the_kernels_peak_is_exact_and_can_be_reset() -> None:
     # In a child: what other tests left in this process may be freed at any time.
     code = """
@@ -225,6 +269,70 @@ def test_the_peak_of_a_process_from_before_is_not_taken() -> None:
         tree.close()
 
 
+RISE_AND_FALL = """
+import mmap
+say("ready")
+hear()
+with mmap.mmap(-1, 90 * 2**20) as block:
+    block.write(b"1" * (90 * MIB))
+    say("high")
+    hear()
+say("freed")
+hear()
+"""
+
+
+def test_a_peak_during_a_measurement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = LinuxProcess.proportional_memory
+    with script(RISE_AND_FALL) as child:
+        assert line(child) == "ready"
+
+        def measure_while_it_rises(self: LinuxProcess) -> ProcessMemory:
+            found = measure(self)
+            tell(child)
+            assert line(child) == "high"
+            return found
+
+        tree = LinuxProcessTree(child.pid)
+        tree.reset_peak()
+        with monkeypatch.context() as patch:
+            patch.setattr(LinuxProcess, "proportional_memory", measure_while_it_rises)
+            start = tree.read(thorough=True).memory
+        tell(child)
+        assert line(child) == "freed"
+        peak = tree.read(thorough=True).peak
+        tree.close()
+    assert start is not None and peak is not None and peak >= start + 85 * MIB
+
+
+def test_a_study_leaves_its_trials_peak_to_the_supervisor() -> None:
+    with script(RISE_AND_FALL) as child, subprocess.Popen(["sleep", "60"]) as supervisor:
+        assert line(child) == "ready"
+        tree = LinuxProcessTree(child.pid, supervisor.pid)
+        process = LinuxProcess(child.pid)
+        for expected in ("high", "freed"):
+            tell(child)
+            assert line(child) == expected
+        before = process.snapshot(0)
+        tree.reset_peak()
+        assert before is not None and process.snapshot(0) is not None
+        assert process.snapshot(0).highest == before.highest  # type: ignore[union-attr]
+        process.close()
+        tree.close()
+        supervisor.kill()
+
+
+def test_a_trial_that_ends_before_it_is_measured_tells_its_memory() -> None:
+    with script(HOLD.format(size=70 * MIB)) as child:
+        line(child)
+        with contextlib.closing(LinuxProcess(child.pid)) as process:
+            snapshot = process.snapshot(0)
+        sampler = TreeSampler(child.pid, forked_from_study=False)
+        sampler.begin(snapshot)
+        sampler.end(snapshot)
+        assert sampler.peak > 70 * MIB
+
+
 @BOTH
 def test_another_trials_process_is_left_out(make: OpenTree) -> None:
     with script(HOLD.format(size=80 * MIB)) as child:
@@ -258,6 +366,19 @@ def test_a_root_that_has_ended(make: OpenTree) -> None:
         assert reading.pids == ()
         assert not reading.memory
         assert reading.cpu_time is not None and used is not None and reading.cpu_time >= used
+    tree.close()
+
+
+def test_what_a_root_that_has_ended_held_is_unknown_rather_than_nothing() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    tree = LinuxProcessTree(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    reading = tree.read(thorough=True)
+    assert reading.pids == (child.pid,)
+    assert reading.memory is None
+    child.wait()
+    assert tree.read(thorough=True).memory is None
     tree.close()
 
 
@@ -349,7 +470,7 @@ def test_a_killed_tree_is_read_while_it_dies() -> None:
 
 
 def test_swapped_out_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No swap can be had here, so what the kernel would say of it is made up.
+    # There may be no swap here, so the kernel's figures are faked.
     read = LinuxProcess._read_status
 
     def swapped(self: LinuxProcess) -> bytes:

@@ -46,7 +46,7 @@ def test_peaks_are_maxima_and_totals_are_growth(fake: FakeMetering) -> None:
     assert monitor.timeline()[0] == (0.0, 5 * GIB)
 
 
-def test_what_has_a_ceiling_has_a_timeline(fake: FakeMetering) -> None:
+def test_resources_with_a_ceiling_have_a_timeline(fake: FakeMetering) -> None:
     monitor = fake.loop.monitor(KEY, limits=Limits(cpu_time=3))
     for _ in range(2):
         fake.tree.cpu_time += 1.0
@@ -65,7 +65,7 @@ def test_a_peak_between_samples_is_recorded_and_no_breach(fake: FakeMetering) ->
     assert monitor.breach is None
 
 
-def test_unknown_stays_unknown(fake: FakeMetering) -> None:
+def test_unknown_usage_stays_unknown(fake: FakeMetering) -> None:
     fake.tree.memory = fake.tree.cpu_time = None
     monitor = fake.loop.monitor(KEY, limits=Limits(memory="1B", cpu_time=1))
     fake.advance(5.0)
@@ -167,7 +167,7 @@ def test_a_limit_on_cores_needs_a_second_over_it(fake: FakeMetering) -> None:
     assert 2.1 < monitor.breach.observed <= 3.0
 
 
-def test_what_is_left_of_a_quota_can_be_raised(fake: FakeMetering) -> None:
+def test_what_is_left_of_a_quota_can_change(fake: FakeMetering) -> None:
     monitor = fake.loop.monitor(KEY, left={"cpu_time": 5.0})
     fake.tree.cpu_time = 4.0
     fake.advance(1.0)
@@ -480,7 +480,7 @@ def test_a_reading_that_fails_does_not_end_the_loop() -> None:
     class Failing:
         period, eager, n_readings = 0.01, True, 0
 
-        def read(self, pids: Sequence[int]) -> dict[str, MeterReading]:
+        def read(self, pids: Sequence[int], *, fully: bool = False) -> dict[str, MeterReading]:
             self.n_readings += 1
             raise KeyError("mine")
 

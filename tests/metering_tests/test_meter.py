@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 import threading
+from typing import Any
 
 import optuna
 import pytest
@@ -13,6 +14,7 @@ from optuna_quota._metering import check_names
 from optuna_quota._metering.loop import MeteringLoop
 from optuna_quota._metering.meter import (
     busy_seconds_of_host,
+    forget_warnings,
     MeterReading,
     ProcessorEnergyMeter,
     Rapl,
@@ -81,6 +83,24 @@ def test_invalid_meters(meters: list[FakeMeter], error: type[Exception]) -> None
         check_names(meters)
 
 
+@pytest.mark.parametrize(
+    ("period", "error"),
+    [
+        (0, ValueError),
+        (-1.0, ValueError),
+        (float("nan"), ValueError),
+        ("1s", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
+)
+def test_a_period_is_a_positive_number(period: Any, error: type[Exception]) -> None:
+    meter = FakeMeter("licences")
+    meter.period = period  # type: ignore[attr-defined]
+    with pytest.raises(error, match="`period` must be a positive number of seconds but got"):
+        QuotaPruner(meters=[meter])
+
+
 @pytest.mark.parametrize("value", [-1.0, float("nan"), True, "text"])
 def test_check_meter_finds_faults(value: float) -> None:
     with pytest.raises(AssertionError):
@@ -147,7 +167,7 @@ def test_a_meter_may_set_its_period(fake: FakeMetering) -> None:
 
 
 def test_a_meter_that_hangs_does_not_hold_up_the_clock() -> None:
-    """A meter stuck in another thread: the trial's own look and end go on without it."""
+    """With a meter that hangs in another thread, samples and the end of the trial don't wait."""
     stuck, release = threading.Event(), threading.Event()
 
     class Stuck(FakeMeter):
@@ -189,7 +209,7 @@ class LosingMeter:
     def __init__(self) -> None:
         self.lost = False
 
-    def read(self, pids: object) -> dict[str, MeterReading]:
+    def read(self, pids: object, *, fully: bool = False) -> dict[str, MeterReading]:
         return {"gpu_memory": MeterReading(None if self.lost else 5.0, peak=True, lost=self.lost)}
 
     def close(self) -> None:
@@ -234,10 +254,16 @@ def test_processor_energy_by_share_of_busy_time(tmp_path: Path) -> None:
     assert meter.read([])["energy"].value == pytest.approx(70.0)
 
 
-def test_without_counters_there_is_no_energy(tmp_path: Path) -> None:
-    meter = ProcessorEnergyMeter(lambda: 1.0, open_counters=lambda: Rapl(tmp_path))
+def test_without_counters_there_is_no_energy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget_warnings()
+    meter = ProcessorEnergyMeter(
+        lambda: 1.0, is_limited=True, open_counters=lambda: Rapl(tmp_path)
+    )
     assert meter.read([]) == {}
     assert meter.period == float("inf")
+    assert "A quota on energy counts none of it" in caplog.text
 
 
 def test_busy_seconds_of_the_host_leave_out_idle_and_waiting() -> None:

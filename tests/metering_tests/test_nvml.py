@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, TimeoutError
+import threading
+from typing import Any
 
 import pytest
 
+from optuna_quota._metering import nvml as nvml_module
+from optuna_quota._metering.nvml import answer_in_time, DriverThread
+from optuna_quota._metering.visible_gpus import forget_gpus
 from tests.metering_tests.conftest import FakeNvml
 
 
@@ -231,3 +237,35 @@ def test_a_driver_that_hangs_is_not_asked_again_until_it_has_answered(nvml: Nvml
     assert out[:2] == ["the driver hangs"] * 2
     assert out[2].startswith("Reset the GPU")
     assert out[3:] == ["(1000, 80000000000)", "ok"]
+
+
+def test_an_answer_that_comes_as_its_time_ends_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class JustAnswered(Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            found = super().result(10)
+            if timeout:
+                raise TimeoutError
+            return found
+
+    monkeypatch.setattr(nvml_module, "Future", JustAnswered)
+    driver = DriverThread()
+    driver.start()
+    assert driver.ask(lambda: 5, 1.0) == 5
+
+
+def test_one_thread_queries_the_driver_for_all_threads() -> None:
+    forget_gpus()
+    together = threading.Barrier(8)
+    answered_by: list[int] = []
+
+    def ask() -> None:
+        together.wait()
+        answered_by.append(answer_in_time(threading.get_ident))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answered_by) == 8
+    assert len(set(answered_by)) == 1

@@ -206,6 +206,47 @@ def test_a_new_process_that_has_ended_hides_nothing() -> None:
     assert pages.memory(TreeMemory(SIZES)) == 150
 
 
+def test_a_new_process_that_gives_up_what_it_began_with_counts_by_its_growth_since() -> None:
+    pages = known(PAIR)
+    assert pages.memory(TreeMemory({**SIZES, 3: 150})) == 150
+    assert pages.memory(TreeMemory({**SIZES, 3: 10})) == 150
+    assert pages.memory(TreeMemory({**SIZES, 3: 140})) == 280
+
+
+@pytest.mark.parametrize("sizes", [{1: 100, 2: 0}, {1: 100}])
+def test_what_a_process_gives_up_may_be_the_others_own_by_now(sizes: dict[int, int]) -> None:
+    pages = known(PAIR)
+    grown = {**sizes, 1: sizes[1] + 30}
+    assert pages.at_most(TreeMemory(grown)) == sum(grown.values())
+    # Before a verdict.
+    assert is_due(pages, grown, 0.0011, limit=120)
+    assert not is_due(pages, grown, 0.0011, limit=190)
+
+
+def test_of_what_a_process_gives_up_its_own_goes_first() -> None:
+    pages = known(PAIR)
+    grown = {1: 130, 2: 110}
+    assert pages.at_most(TreeMemory(grown)) == 140
+    assert not is_due(pages, grown, 0.0011, limit=150)
+    # It may have been the others' as well.
+    assert is_due(pages, grown, 0.011, limit=150)
+
+
+def test_what_a_process_has_given_up_stays_the_others_own_when_it_grows_again() -> None:
+    pages = known(PAIR)
+    pages.at_most(TreeMemory({1: 100, 2: 20}))
+    assert pages.at_most(TreeMemory({1: 100, 2: 150})) == 230
+
+
+def test_what_a_process_gives_up_while_others_are_measured_counts() -> None:
+    pages = SharedPages()
+    # The first was read while they shared 100, the second after it had given these up.
+    shares = {1: share(0, 100, 2), 2: share(50)}
+    pages.update(shares, faulted=0, cost=0.001, now=0.0, before={1: 100, 2: 150})
+    held = TreeMemory({1: 100, 2: 50})
+    assert (pages.memory(held), pages.at_most(held)) == (100, 150)
+
+
 def test_added_shared_memory_counts_once_it_is_measured() -> None:
     # Each reader of an array that exists once comes to hold all of it.
     assert known(PAIR).memory(TreeMemory({1: 400, 2: 490}, shareable=600)) == 190
@@ -255,14 +296,14 @@ def test_more_shared_memory_is_measured_again() -> None:
         (0, [9], 0),
     ],
 )
-def test_what_may_count_twice(moved: int, ended: list[int], expected: int) -> None:
+def test_memory_that_may_count_twice(moved: int, ended: list[int], expected: int) -> None:
     # The first two were read while they alone held it, the last one after it had mapped it too.
     halves = [ProcessMemory(110, 60, shareable=100, shareable_part=50) for _ in range(2)]
     third = ProcessMemory(110, 43, shareable=100, shareable_part=33)
     assert find_doubt({1: halves[0], 2: halves[1], 3: third}, moved, ended) == expected
 
 
-def test_what_may_count_twice_is_no_memory_until_it_is_measured_again() -> None:
+def test_memory_that_may_count_twice_is_excluded_until_it_is_measured_again() -> None:
     pages = SharedPages()
     assert pages.update(PAIR, faulted=0, cost=0.001, now=0.0, doubt=30) == 120
     held = TreeMemory(SIZES)

@@ -69,7 +69,7 @@ class FakeHost:
         self.clock = RunningClock(lambda: self.time, lambda thread: self.switches)
 
 
-def test_a_sleep_that_took_too_long_is_a_pause() -> None:
+def test_a_late_wakeup_is_a_pause() -> None:
     host = FakeHost()
     host.clock.fall_asleep(0.2)
     host.time += 60.2
@@ -91,7 +91,7 @@ def test_the_first_reading_detects_the_pause_once() -> None:
     assert [host.clock() for _ in range(3)] == pytest.approx([100.4] * 3)
 
 
-def test_a_sleep_that_took_a_little_too_long_is_none() -> None:
+def test_a_slightly_late_wakeup_is_no_pause() -> None:
     host = FakeHost()
     host.clock.fall_asleep(0.2)
     host.time += 0.6

@@ -104,7 +104,7 @@ instance 0 1
 """
 MIXED_STATE = f"device 0 GPU-a 0 {24 * GB} 0 0\ndevice 1 GPU-b 0 {80 * GB} 0 0\n"
 ASK = """
-from optuna_quota._ledger import gpus_here
+from optuna_quota._ledger.gpus import gpus_here
 from optuna_quota._metering.visible_gpus import device_memory
 print(*(f"{gpu.uuid}={gpu.memory:.0f}" for gpu in gpus_here()), sep=",")
 print(device_memory(os.environ))
@@ -148,7 +148,9 @@ def test_assignable_gpus_and_their_memory(
 
 def test_a_worker_without_a_driver_assigns_no_gpu(nvml: Nvml) -> None:
     out = nvml().run(ASK, has_driver=False)
-    assert "WARNING Trials are not assigned to single GPUs: no NVIDIA driver was found." in out
+    assert (
+        "WARNING Trials are not assigned GPUs of their own, and see all: no NVIDIA driver" in out
+    )
 
 
 def test_cuda_is_asked_for_its_order_of_different_models(nvml: Nvml) -> None:

@@ -94,7 +94,7 @@ def test_every_public_name_is_explained_with_an_example(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_a_public_function_raises_is_told(name: str) -> None:
+def test_errors_of_public_functions_are_documented(name: str) -> None:
     value = getattr(optuna_quota, name)
     tree = ast.parse(textwrap.dedent(inspect.getsource(value)))
     if any(isinstance(node, ast.Raise) for node in ast.walk(tree)):

@@ -27,7 +27,7 @@ def quota_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let the GP's small matrices have one thread: two wait for each other beside other tests."""
+    """Use one thread for the GP's small matrices: two wait for each other beside other tests."""
     marker = request.node.get_closest_marker("integration")
     if marker is None or find_spec("torch") is None:
         yield

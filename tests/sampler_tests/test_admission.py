@@ -19,7 +19,7 @@ LIMITS = Limits(memory="2GiB", wall_time=60, cpu_time=90)
 
 
 class Fixed:
-    """Expects the same at every point, or with the probability ``x`` where a point has one."""
+    """Has the same probability of a breach at every point, or that of the parameter ``x``."""
 
     def __init__(self, breaches: Mapping[str, float], medians: Mapping[str, float]) -> None:
         self._breaches, self._medians = breaches, medians

@@ -46,7 +46,7 @@ BASES: dict[str, MakeSampler] = {
     "BruteForce": lambda: BruteForceSampler(seed=0),
 }
 
-# What the base samplers themselves say of spaces that don't suit them.
+# Warnings of the base samplers themselves about spaces that don't suit them.
 pytestmark = [pytest.mark.filterwarnings("ignore:Separable CMA-ES:UserWarning")]
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
@@ -156,6 +156,29 @@ def test_far_limits_change_no_point(name: str) -> None:
 
     wrapped = QuotaSampler(base(), quota=Quota(n_trials=100), limits=Limits(memory="1TiB"))
     assert points(wrapped) == points(base())
+
+
+def branching(trial: optuna.Trial) -> float:
+    if trial.suggest_categorical("kind", ["a", "b"]) == "a":
+        return trial.suggest_float("c", 1e-3, 10, log=True)
+    # A range that differs between trials.
+    return trial.suggest_int("n", 1, 9 + trial.number % 2)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_far_limits_change_no_point_of_a_space_with_branches() -> None:
+    def points(make: Callable[[BaseSampler], BaseSampler]) -> list[dict[str, object]]:
+        # Its groups of parameters hold the conditional ones too, but until trial 10 it draws none
+        # of them, and from trial 8 on the limits are learned.
+        study = optuna.create_study(
+            sampler=make(TPESampler(multivariate=True, group=True, seed=0))
+        )
+        study.optimize(branching, n_trials=14)
+        return [t.params for t in study.trials]
+
+    assert points(lambda base: QuotaSampler(base, limits=Limits(memory="1TiB"))) == points(
+        lambda base: base
+    )
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -161,12 +161,12 @@ def test_samplers_accept_breaches_failures_and_rejections(base: Any) -> None:
 
 
 def test_the_best_trial_is_one_within_its_limits() -> None:
-    study = study_with(RandomSampler(seed=0), Limits(wall_time=0.05))
+    study = study_with(RandomSampler(seed=0), Limits(wall_time=0.5))
 
     def slow_is_better(trial: optuna.Trial) -> float:
         slow = trial.suggest_categorical("slow", [True, False])
         if slow:
-            time.sleep(0.1)
+            time.sleep(0.6)
         return 0.0 if slow else 1.0
 
     study.enqueue_trial({"slow": True})

@@ -52,9 +52,16 @@ def test_a_datetime() -> None:
         parse_deadline(at, NOW + 7200)
 
 
-@pytest.mark.parametrize("value", ["soon", 0, -1, "90"])
-def test_what_is_no_deadline(value: Any) -> None:
-    with pytest.raises(ValueError, match="deadline"):
+@pytest.mark.parametrize("value", [datetime.max, "1000000000d", 1e300])
+def test_a_deadline_that_never_comes_ends_no_trial(value: Any) -> None:
+    study = optuna.create_study(sampler=QuotaSampler(deadline=value))
+    study.optimize(isolated(lambda trial: trial.suggest_float("x", 0, 1)), n_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]
+
+
+@pytest.mark.parametrize("value", ["soon", 0, -1, "90", "2027-01-15 18:00"])
+def test_invalid_deadlines(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"deadline.* Give a point in time as a datetime\."):
         QuotaSampler(quota=Quota(n_trials=9), deadline=value)
 
 
@@ -80,10 +87,10 @@ def fake_slurm(folder: Path, **commands: str) -> dict[str, str]:
 
 def test_the_end_of_a_slurm_job(tmp_path: Path) -> None:
     end = datetime.fromtimestamp(NOW)
-    told = f"echo {end:%Y-%m-%dT%H:%M:%S}"
+    answer = f"echo {end:%Y-%m-%dT%H:%M:%S}"
     environment = {"SLURM_JOB_END_TIME": str(int(NOW))}
     assert parse_deadline("slurm", 0.0, environment) == NOW
-    assert parse_deadline("slurm", 0.0, fake_slurm(tmp_path, squeue=told)) == NOW
+    assert parse_deadline("slurm", 0.0, fake_slurm(tmp_path, squeue=answer)) == NOW
     shown = f"echo 'StartTime=2001-01-01T00:00:00 EndTime={end:%Y-%m-%dT%H:%M:%S} Deadline=N/A'"
     both = fake_slurm(tmp_path, squeue="exit 1", scontrol=shown)
     assert parse_deadline("slurm", 0.0, both) == NOW
@@ -109,6 +116,27 @@ def completed(hours: float) -> optuna.trial.FrozenTrial:
     return trial
 
 
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_a_deadline_ends_a_study_quietly_where_a_quota_would_raise(n_before: int) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number >= n_before:
+            preemption_of(study).set_deadline(time.time())
+        return trial.suggest_float("x", 0, 1)
+
+    sampler = QuotaSampler(
+        quota=Quota(n_trials=9), deadline="1h", on_exhausted="raise", footprint=Usage(wall_time=60)
+    )
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=5)
+    assert len(study.trials) == n_before + 1
+    # As it had become late between two trials.
+    study.optimize(objective, n_trials=5)
+    assert read_record(study.trials[-1]).outcome == "rejected"
+    with pytest.raises(QuotaExhausted, match="deadline") as caught:
+        study.ask()
+    assert caught.value.observed == 60
+
+
 @pytest.mark.parametrize(("hours", "starts"), [(0.5, True), (2.0, False)])
 @pytest.mark.parametrize("known_from", ["footprint", "trials"])
 def test_a_trial_that_would_not_be_done_does_not_start(
@@ -130,6 +158,51 @@ def test_a_trial_that_would_not_be_done_does_not_start(
         assert "are left until the deadline" in lines[0]
         with pytest.raises(QuotaExhausted, match="deadline"):
             study.ask()
+
+
+@pytest.mark.parametrize("by", ["optimize", "ask"])
+def test_an_enqueued_trial_that_is_too_late_here_is_left_for_another_worker(by: str) -> None:
+    each = Usage(wall_time="2h")
+    study = optuna.create_study(
+        sampler=QuotaSampler(quota=Quota(n_trials=9), deadline="1h", footprint=each)
+    )
+    study.enqueue_trial({"x": 0.25}, user_attrs={"mine": 1})
+    if by == "ask":
+        with pytest.raises(QuotaExhausted, match="deadline"):
+            study.ask()
+    else:
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    assert [trial.state.name for trial in study.trials][1:] == ["WAITING"]
+    study.sampler = QuotaSampler(quota=Quota(n_trials=9), footprint=each)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    again = study.trials[1]
+    assert again.params == {"x": 0.25}
+    assert again.user_attrs["mine"] == 1 and again.user_attrs["quota:retry_of"] == 0
+
+
+def test_the_checkpoint_of_a_trial_that_is_too_late_here_is_kept(tmp_path: Path) -> None:
+    folders = []
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        folders.append(Path(trial.user_attrs["quota:checkpoint"]))
+        if trial.number == 0:
+            (folders[0] / "weights").touch()
+            preemption_of(study).set_deadline(time.time())
+        check(trial)
+        return x
+
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9), deadline="1h"))
+    with preemptible(study, checkpoints=tmp_path):
+        study.optimize(objective, n_trials=1)
+        # The next worker is as late.
+        study.optimize(objective, n_trials=1)
+        assert [trial.state.name for trial in study.trials] == ["FAIL", "PRUNED", "WAITING"]
+        assert (folders[0] / "weights").exists()
+        preemption_of(study).set_deadline(time.time() + 3600)
+        study.optimize(objective, n_trials=1)
+    assert study.trials[2].params == study.trials[0].params
+    assert folders[1] == folders[0] and not folders[0].exists()
 
 
 @pytest.mark.parametrize("asks", [True, False])

@@ -121,6 +121,17 @@ def study_of_two_at_once() -> optuna.Study:
     return optuna.create_study(sampler=sampler)
 
 
+def test_an_enqueued_trial_that_would_have_to_wait_is_given_to_a_later_ask() -> None:
+    study = study_of_two_at_once()
+    with fake_metering():
+        first, _ = study.ask(SPACE), study.ask(SPACE)
+        study.enqueue_trial({"x": 0.25})
+        with pytest.raises(QuotaExhausted, match="hold what is left"):
+            study.ask(SPACE)
+        study.tell(first, 1.0)
+        assert study.ask(SPACE).params == {"x": 0.25}
+
+
 def test_a_thread_that_has_to_tell_does_not_wait_in_ask() -> None:
     study = study_of_two_at_once()
     with fake_metering() as metering:
@@ -202,7 +213,7 @@ def test_an_isolated_trial_is_measured_all_the_same() -> None:
     assert record.usage.memory is not None and record.usage.memory > 1e6
 
 
-def test_such_a_study_can_be_analyzed() -> None:
+def test_a_study_without_measured_memory_can_be_analyzed() -> None:
     study = study_of(Quota(n_trials=30))
     with fake_metering() as metering:
         for _ in range(20):

@@ -385,7 +385,7 @@ def test_copies_rank_alike(copied: Any) -> None:
 
 
 @pytest.mark.parametrize("n_candidates", [0, -1, 1.5, 8.0, True, "8", None])
-def test_a_number_that_is_none_is_refused(n_candidates: Any) -> None:
+def test_an_invalid_number_of_candidates_is_refused(n_candidates: Any) -> None:
     error = ValueError if n_candidates in (0, -1) else TypeError
     with pytest.raises(error, match=f"`n_candidates` must be .* but got {n_candidates!r}"):
         QuotaSampler(n_candidates=n_candidates)

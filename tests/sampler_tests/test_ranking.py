@@ -47,7 +47,7 @@ def test_the_largest_share_of_what_is_left_of_any_total_counts() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 1e300])
-def test_odd_values_leave_a_choice(value: float) -> None:
+def test_an_extreme_value_does_not_break_the_ranking(value: float) -> None:
     known = [*rows(10), Row({"x": 0.2, "dear": 0.2}, SPACE, value)]
     points = [{"x": 0.7, "dear": 1.0}, {"x": 0.7, "dear": 0.0}]
     assert chosen_of(known, points, medians, {"cpu_time": 1.0}).chosen == 1

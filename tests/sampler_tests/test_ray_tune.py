@@ -60,7 +60,7 @@ def test_a_search_ends_with_its_quota(
         table = trial_table(search._ot_study)
     assert 18 <= len(done) <= 20 + at_once
     assert (table["outcome"] == "completed").sum() == len(done)
-    # What was refused for a time has left a row for each refusal, not for each question.
+    # A temporary refusal leaves a row, but repeated calls meanwhile don't.
     assert len(table) <= len(done) + 4
     assert "The search ends here" in caplog.text
 

@@ -116,6 +116,10 @@ def anything_raised() -> Iterator[None]:
         yield
 
 
+def n_finished(study: optuna.Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.trials)
+
+
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 @pytest.mark.parametrize("hook", HOOKS)
@@ -130,9 +134,9 @@ def test_no_row_stays_running(
         way(study)
     assert_nothing_left(study)
     # The study goes on.
-    before = len(study.trials)
+    before = n_finished(study)
     study.optimize(objective, n_trials=2)
-    assert len(study.trials) > before
+    assert n_finished(study) > before
     assert_nothing_left(study)
 
 
@@ -148,6 +152,29 @@ def test_errors_of_the_base_sampler_are_raised(hook: str, error: type[BaseExcept
         )
     assert caught.type is error
     assert_nothing_left(study)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_enqueued_trial_that_is_interrupted_before_it_begins_is_kept(
+    error: type[BaseException],
+) -> None:
+    sampler = QuotaSampler(Faulty("before_trial", error, 0), quota=Quota(n_trials=9))
+    study = optuna.create_study(sampler=sampler)
+    study.enqueue_trial({"x": 0.25})
+    with pytest.raises(error, match="on purpose"):
+        study.optimize(objective, n_trials=1)
+    study.optimize(objective, n_trials=1)
+    # A trial that can't begin now would not begin later either.
+    assert (study.trials[-1].params["x"] == 0.25) == (error is KeyboardInterrupt)
+
+
+def test_a_thread_is_not_taken_to_have_a_trial_that_never_began() -> None:
+    # It would be refused, where it had to wait for a trial of another worker.
+    sampler = QuotaSampler(Faulty("before_trial", ValueError, 0), quota=Quota(memory="1TiB"))
+    study = optuna.create_study(sampler=sampler)
+    with pytest.raises(ValueError, match="on purpose"):
+        study.ask()
+    assert not sampler._session(study).ledger._running
 
 
 def test_a_trial_that_never_began_has_no_usage() -> None:
@@ -243,7 +270,7 @@ def test_an_enqueued_point_refused_inside_ask_leaves_no_row_running() -> None:
     assert row.state == TrialState.PRUNED
     assert read_record(row).outcome == "rejected"
     assert (status(study).table["reserved"] == 0).all()
-    # Later on it is the caller who has the trial, and ends it.
+    # Afterwards the caller has the trial, and finishes it.
     study.enqueue_trial({"x": 0.8})
     trial = study.ask()
     with pytest.raises(TrialRejected, match="Memory"):

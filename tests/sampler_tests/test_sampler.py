@@ -91,9 +91,9 @@ def test_optimize_on_an_exhausted_study_runs_no_objective() -> None:
     study.enqueue_trial({"x": 0.5})
     study.optimize(witness, n_trials=5)
     assert ran == []
-    assert len(study.trials) == 3
-    assert study.trials[-1].state == TrialState.PRUNED
-    assert read_record(study.trials[-1]).outcome == "rejected"
+    # It is enqueued again, for a larger quota.
+    assert [trial.state.name for trial in study.trials[2:]] == ["PRUNED", "WAITING"]
+    assert read_record(study.trials[2]).outcome == "rejected"
 
 
 def test_a_breached_trial_is_terminated_and_constrained() -> None:
@@ -148,6 +148,24 @@ def test_a_sampler_or_pruner_in_the_others_place() -> None:
         QuotaSampler(Quota(n_trials=5))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`quota` .* Pass it as `limits=Limits\(…\)`"):
         QuotaSampler(quota=Limits())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("confidence", 0.9), ("quota", Quota(n_trials=9)), ("deadline", 60)]
+)
+def test_an_option_that_would_be_ignored_can_t_be_set(name: str, value: Any) -> None:
+    sampler = QuotaSampler(quota=Quota(n_trials=1))
+    before = getattr(sampler, name)
+    with pytest.raises(AttributeError, match=f"`{name}` can't be changed"):
+        setattr(sampler, name, value)
+    assert getattr(sampler, name) == before
+    for same in (copy.copy(sampler), pickle.loads(pickle.dumps(sampler))):
+        with pytest.raises(AttributeError, match=f"`{name}` can't be changed"):
+            setattr(same, name, value)
+    sampler.limits = Limits(wall_time=5)
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=1)
+    assert study.user_attrs["quota:limits"] == {"wall_time": 5}
 
 
 def test_limits_that_disagree_raise() -> None:

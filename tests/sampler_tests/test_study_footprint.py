@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import time
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.samplers import (
     BaseSampler,
     BruteForceSampler,
@@ -15,7 +20,7 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 import pytest
 
 from optuna_quota import (
@@ -31,9 +36,11 @@ from optuna_quota import (
 )
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.user_given import UserFootprint
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._records import read_record
 from optuna_quota._sampler import study_footprint
 from optuna_quota._sampler.study_footprint import Margins, margins_of, medians_of
+from optuna_quota._sampler.study_session import StudySession
 
 
 LIMITS = Limits(memory="1TiB")
@@ -265,7 +272,7 @@ def cores_of(params: dict[str, Any]) -> Usage:
 
 
 def run(sampler: BaseSampler, quota: Quota, n_jobs: int = 1) -> optuna.Study:
-    """Run trials that report what their footprint says, as if each took its time."""
+    """Run trials that report the usage of their footprint, on a fake clock."""
     study = optuna.create_study(
         sampler=QuotaSampler(sampler, quota=quota, footprint=cores_of, metering="reported")
     )
@@ -292,6 +299,52 @@ def test_a_known_footprint_uses_the_quota_and_never_exceeds_it(
     assert status(study).table.loc["cpu_time", "used"] == pytest.approx(used)
     [end] = [text for text in quota_warnings() if "The study ends here" in text]
     assert "The quota of 1 min 40 s of CPU time" in end
+
+
+def test_a_point_that_others_always_reserve_first_is_within_what_its_trial_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    granted: dict[int, bool] = {}
+    promise = StudySession.promise
+
+    def recorded(self: StudySession, trial: FrozenTrial, drawn: Mapping[str, Any]) -> bool:
+        granted[trial.number] = promise(self, trial, drawn)
+        return granted[trial.number]
+
+    monkeypatch.setattr(StudySession, "promise", recorded)
+    monkeypatch.setattr(Ledger, "_extend", lambda *args, **options: None)
+    study = run(RandomSampler(seed=0), Quota(cpu_time=100))
+    assert len(granted) == len(study.trials) > 10
+    assert all(granted.values())
+
+
+@pytest.mark.parametrize("n_told", [0, 1, 4])
+@pytest.mark.parametrize("is_declared", [False, True])
+@pytest.mark.parametrize("kind", [RandomSampler, TPESampler])
+def test_a_batch_reserves_what_its_points_need(
+    kind: Callable[..., BaseSampler], is_declared: bool, n_told: int
+) -> None:
+    space = {"size": FloatDistribution(1.0, 20.0)}
+    strategy = Strategy(n_trials=5, search_space=space) if is_declared else None
+    study = optuna.create_study(
+        sampler=QuotaSampler(
+            kind(seed=0),
+            quota=Quota(cpu_time=100),
+            footprint=cores_of,
+            strategy=strategy,
+            metering="reported",
+        )
+    )
+    batch = [study.ask(space) for _ in range(4)]
+    for trial in batch[:n_told]:
+        trial.set_user_attr("quota:cpu_time", trial.params["size"])
+        study.tell(trial, 0.0)
+    with pytest.raises(QuotaExhausted, match="ask again after a `tell`"):
+        while len(batch) < 100:
+            batch.append(study.ask(space))
+    # Before a trial has completed, an undeclared space may have smaller points.
+    assert 80 < sum(trial.params["size"] for trial in batch) <= 100
+    assert status(study).table.loc["cpu_time", "left"] < 20
 
 
 def test_the_least_need_is_computed_once_for_each_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +401,7 @@ def test_a_study_ends_where_each_total_has_room_but_no_point_fits_all(
         trial.suggest_float("size", 1.0, 20.0)
 
 
-def test_what_is_refused_says_what_was_left() -> None:
+def test_a_refusal_says_what_was_left() -> None:
     study = run(GridSampler({"size": [12.0, 2.0, 14.0, 13.0]}, seed=0), Quota(cpu_time=20))
     refused = [t for t in study.trials if read_record(t).outcome == "rejected" and t.params]
     assert refused

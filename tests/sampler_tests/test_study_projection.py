@@ -21,7 +21,6 @@ from optuna_quota._records import read_record
 from optuna_quota._sampler.options import OnProjected
 from optuna_quota._sampler.study_projection import (
     describe_outlook,
-    is_news,
     Outlook,
     outlook_of,
     QuotaOutlook,
@@ -125,12 +124,14 @@ def test_a_resumed_study_is_rejected_with_what_it_used(how: str) -> None:
             study.optimize(never, n_trials=3, n_jobs=2 if how == "threads" else 1, catch=())
     table = caught.value.projection.table
     assert table.loc["wall_time", "used"] == pytest.approx(300, rel=0.01)
-    for trial in study.trials[1:]:
+    ended = [trial for trial in study.trials[1:] if trial.state != TrialState.WAITING]
+    # An enqueued one waits for a larger quota.
+    assert len(study.trials) == 1 + len(ended) + (how == "enqueued")
+    for trial in ended:
         assert trial.state == TrialState.FAIL
         record = read_record(trial)
         assert record.outcome == "rejected"
         assert record.reason == str(caught.value)
-    assert all(t.state.is_finished() for t in study.trials)
 
 
 def test_catch_does_not_hide_a_rejection() -> None:
@@ -277,6 +278,15 @@ def test_the_rest_is_added_to_what_was_used() -> None:
     assert 0 < row["probability"] <= 1
 
 
+def test_usage_is_priced_by_this_workers_prices() -> None:
+    study = study_of(3, Quota(cost=1, prices={"trial_time": 36}))
+    study.add_trials([study_that_used(minutes=1).trials[0]])
+    # Other workers, with another quota, run as well.
+    study.set_user_attr("quota:quota", {"n_trials": 9})
+    row = study.sampler.project(study).table.loc["cost"]  # type: ignore[attr-defined]
+    assert row["used"] == pytest.approx(0.6)
+
+
 def test_at_the_end_the_projection_is_what_was_used() -> None:
     study = study_of(3, Quota(trial_time="1h", n_trials=3))
     study.optimize(sleeping_objective, n_trials=3)
@@ -315,7 +325,7 @@ def projected(probability: float) -> Projection:
         (0.05, "hopeless", "2 h allowed (trial time). No smaller strategy would fit."),
     ],
 )
-def test_an_outlook_says_figures_of_what_matters(
+def test_an_outlook_has_the_figures_of_critical_resources(
     probability: float, outlook: Outlook, text: str
 ) -> None:
     projection = projected(probability)
@@ -323,14 +333,7 @@ def test_an_outlook_says_figures_of_what_matters(
     assert text in describe_outlook(projection, outlook, 5)
 
 
-def test_only_a_worse_outlook_is_news() -> None:
-    assert is_news("fits", None)
-    assert is_news("unlikely", "uncertain")
-    assert not is_news("unlikely", "unlikely")
-    assert not is_news("fits", "unlikely")
-
-
-def test_an_outlook_is_said_after_five_trials_and_by_one_worker_of_a_process(
+def test_an_outlook_is_logged_after_five_trials_once_in_a_process(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     optuna.logging.enable_propagation()
@@ -353,7 +356,17 @@ def test_an_outlook_is_said_after_five_trials_and_by_one_worker_of_a_process(
     assert messages[0].endswith("of 1 h (trial time); probability that it fits: 100%.")
 
 
-def test_it_is_said_again_when_it_is_worse_and_acted_upon_with_enough_trials(
+def test_an_outlook_is_logged_again_for_another_plan(
+    quota_warnings: Callable[[], list[str]],
+) -> None:
+    study, found = study_that_used(minutes=1), []
+    for plan in ("5 min", "5 min", "10 min"):
+        QuotaOutlook(plan).check(study, 8, lambda: projected(0.01))
+        found.append(len(quota_warnings()))
+    assert found == [1, 0, 1]
+
+
+def test_a_worse_outlook_is_logged_again_and_acted_upon_with_enough_trials(
     quota_warnings: Callable[[], list[str]],
 ) -> None:
     study = study_that_used(minutes=1)

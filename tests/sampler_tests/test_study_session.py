@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 import gc
 import os
@@ -12,6 +13,7 @@ import time
 import weakref
 
 import optuna
+from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
@@ -26,7 +28,9 @@ from optuna_quota import (
     QuotaPruner,
     QuotaSampler,
     status,
+    Strategy,
     TrialRejected,
+    Usage,
 )
 from optuna_quota._optuna import storage_of
 from optuna_quota._records import read_record
@@ -62,6 +66,70 @@ def new_study(quota: Quota, storage: str | None = None, **kwargs: object) -> opt
         load_if_exists=True,
         sampler=QuotaSampler(RandomSampler(seed=1), quota=quota, **kwargs),  # type: ignore[arg-type]
     )
+
+
+def refusing_study(quota: Quota, parameter: str, **kwargs: object) -> optuna.Study:
+    """Return a study whose points are refused where a parameter is above a half."""
+
+    def footprint(params: dict[str, float]) -> Usage:
+        return Usage(memory="1GiB" if params[parameter] > 0.5 else "10MiB")
+
+    space = {name: FloatDistribution(0, 1) for name in dict.fromkeys(("x", parameter))}
+    return new_study(
+        quota,
+        limits=Limits(memory="500MiB"),
+        footprint=footprint,
+        strategy=Strategy(10, search_space=space),
+        on_veto="skip",
+        audits=0,
+        metering="reported",
+        **kwargs,
+    )
+
+
+def ends(study: optuna.Study) -> Counter[str | None]:
+    return Counter(read_record(trial).outcome for trial in study.trials)
+
+
+def test_a_rejected_trial_does_not_count_toward_a_quota_of_trials() -> None:
+    # In the order of this seed, a trial is rejected after the ninth that ran.
+    study = refusing_study(Quota(n_trials=10), "x")
+    study.optimize(objective, n_trials=60)
+    last = [read_record(trial).outcome for trial in study.trials][-2:]
+    assert (ends(study)["completed"], last) == (10, ["rejected", "completed"])
+
+
+@pytest.mark.parametrize("by", ["optimize", "ask"])
+def test_an_enqueued_trial_waits_for_a_larger_quota(by: str) -> None:
+    study = new_study(Quota(n_trials=1))
+    study.optimize(objective, n_trials=1)
+    study.enqueue_trial({"x": 0.25})
+    if by == "ask":
+        with pytest.raises(QuotaExhausted):
+            study.ask()
+    else:
+        study.optimize(objective, n_trials=2)
+    study.sampler = QuotaSampler(quota=Quota(n_trials=3))
+    study.optimize(objective, n_trials=1)
+    assert study.trials[-1].params == {"x": 0.25}
+
+
+def test_usage_before_a_rejection_is_charged() -> None:
+    def suggest_late(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        time.sleep(0.05)
+        return x + trial.suggest_float("late", 0, 1)
+
+    study = refusing_study(Quota(trial_time=60, cost=1, prices={"trial_time": 36}), "late")
+    study.optimize(suggest_late, n_trials=8)
+    n_rejected = ends(study)["rejected"]
+    assert 0 < n_rejected < 8
+    found = status(study)
+    assert found.by_outcome["rejected"]["trial_time"] >= 0.05 * n_rejected
+    assert found.table.loc["n_trials", "used"] == 8 - n_rejected
+    used = found.table["used"]
+    assert used["wall_time"] >= 8 * 0.05
+    assert used["cost"] == pytest.approx(used["trial_time"] / 100)
 
 
 @pytest.mark.parametrize("n_jobs", [1, 3])
@@ -160,7 +228,7 @@ def test_an_exhausted_study_runs_no_objective(
             study.enqueue_trial({"one": 0.5})
         study.optimize(single, n_trials=5)
     assert ran == []
-    rejected = study.trials[2:]
+    rejected = [trial for trial in study.trials[2:] if trial.state.is_finished()]
     assert len(rejected) == 2
     for trial in rejected:
         assert trial.state == TrialState.PRUNED

@@ -99,12 +99,32 @@ def test_a_breach_that_was_noticed_late(
         study.optimize(objective, n_trials=2)
     text = " ".join(log.said)
     assert text.count("In process, a trial is stopped only where it calls") <= 2
-    assert ("completed over a limit" if quota else "completed without a look at") in text
+    assert ("completed over a limit" if quota else "completed without a check of") in text
     assert "`isolated(objective)` stops it at any moment." in text
     assert len(log.said) == len(set(log.said)) <= 3
     ended = [read_record(trial).reason for trial in study.trials[2:]]
     assert [text.partition(" pruned. ")[2] for text in log.pruned] == ended
     assert all("Memory limit exceeded" in str(reason) for reason in ended)
+
+
+def test_limits_of_a_sampler_are_not_checked_by_another_pruner(log: Warnings) -> None:
+    limits = Limits(memory=here() + 20 * MIB)
+    sampler = QuotaSampler(quota=Quota(n_trials=50), limits=limits)
+    optuna.create_study(sampler=sampler).optimize(asks, n_trials=1)
+    (text,) = [text for text in log.said if "completed over a limit" in text]
+    assert "without a QuotaPruner is stopped only where it calls `optuna_quota.check" in text
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_custom_limit_without_its_meter(log: Warnings, in_process: bool) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        check(trial)
+        return 0.0
+
+    study = new_study(Limits(custom={"disk": 5.0}))
+    study.optimize(objective if in_process else isolated(objective), n_trials=2)
+    (text,) = [text for text in log.said if "disk" in text]
+    assert text.startswith("The limit on disk can't be enforced: no meter has this name.")
 
 
 def test_a_reason_follows_what_the_objective_itself_says(log: Warnings) -> None:
@@ -116,7 +136,7 @@ def test_a_reason_follows_what_the_objective_itself_says(log: Warnings) -> None:
     assert log.pruned == ["Trial 0 pruned. Pruned at epoch 3. Time limit of 0.001 ms exceeded."]
 
 
-def test_what_earlier_trials_left_in_the_process(log: Warnings) -> None:
+def test_memory_that_earlier_trials_left_in_the_process(log: Warnings) -> None:
     left = []
 
     def leaks(trial: optuna.Trial) -> float:
@@ -138,7 +158,7 @@ def test_a_limit_below_what_the_process_holds_already(log: Warnings) -> None:
     assert sum("can never hold" in text for text in log.said) == 1  # Optuna's own
 
 
-def test_what_was_held_before_the_first_trial_may_go(log: Warnings) -> None:
+def test_memory_held_before_the_first_trial_may_be_freed(log: Warnings) -> None:
     class Held:
         def __init__(self) -> None:
             self.itself, self.data = self, np.ones(120 * MIB // 8)

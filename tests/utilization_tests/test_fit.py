@@ -47,6 +47,17 @@ def test_without_floor_or_lower_bounds_it_is_least_squares_with_hc3() -> None:
     assert errors == pytest.approx(expected.bse)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_an_exact_power_law_is_found_and_converges(seed: int) -> None:
+    x = sample_of(n=12, seed=seed).x
+    exact = Sample(np.logaddexp(1.0, x @ [0.5, 1.5, 0.3]), x, np.zeros(len(x), dtype=bool))
+
+    found = fit(exact, has_floor=True)
+
+    assert found.beta == pytest.approx([0.5, 1.5, 0.3], abs=1e-4)
+    assert found.converged
+
+
 def test_the_gradient_is_zero_at_the_maximum() -> None:
     sample = sample_of(cut=0.0)
 

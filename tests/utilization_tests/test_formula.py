@@ -37,7 +37,7 @@ def test_a_formula_without_any_effect_says_so() -> None:
     ("change", "expected"),
     [
         ("twins", "determine it"),
-        ("together", "can hardly be told apart"),
+        ("together", "can hardly be separated"),
         ("outlier", "Cook's distance"),
         ("cut", "ended early"),
     ],
@@ -48,14 +48,14 @@ def test_diagnostics_warn(change: str, expected: str) -> None:
     assert any(expected in warning for warning in model.diagnostics), model.diagnostics
 
 
-def test_a_law_that_bends_is_called_wrong() -> None:
+def test_a_formula_of_a_bent_law_is_rejected() -> None:
     report = analyze(flawed_study("bend"))
 
     assert report.prediction_errors["memory"].is_wrong
     assert "follows no floor plus power law" in report.summary()
 
 
-def test_a_law_that_errs_by_few_percent_is_good_enough() -> None:
+def test_a_formula_with_an_error_of_few_percent_is_kept() -> None:
     def memory(params: dict[str, float]) -> float:
         return 5e7 + 8 * params["rows"] ** 2 + 3e4 * params["rows"]
 

@@ -1,4 +1,4 @@
-"""Utilization models recover the power law that generated the data, with honest intervals."""
+"""Utilization models recover the power law that generated the data; intervals cover it."""
 
 from __future__ import annotations
 

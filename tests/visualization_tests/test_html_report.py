@@ -11,7 +11,7 @@ import optuna
 from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import analyze, Limits, Usage, visualization
+from optuna_quota import analyze, Limits, Quota, Usage, visualization
 from optuna_quota._records import TrialRecord
 from optuna_quota._usage import Breach
 from optuna_quota.visualization import _html_report, _theme
@@ -34,6 +34,16 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.addresses += [v or "" for k, v in attrs if k in ("src", "href") or k.startswith("on")]
+
+
+def test_a_quota_that_is_used_up_has_nothing_left() -> None:
+    study = empty_study(quota=Quota(n_trials=1, cpu_time=10))
+    add_row(study, TrialRecord(Usage(cpu_time=4, wall_time=5), "completed"))
+    text = ReportText(StudyTrials(study), analyze(study))
+    cells = {row.cells[0]: list(row.cells[1:]) for row in text.ledger}
+    assert cells["Trials"] == ["1", "0", "1"]
+    assert cells["Wall time"] == ["5 s", "–", "–"]
+    assert cells["CPU time"] == ["4 s", "6 s", "10 s"]
 
 
 def tags_of(page: str) -> Tags:
@@ -120,6 +130,17 @@ def test_studies_with_hardly_any_trials_have_a_report(n_trials: int, tmp_path: P
     analyze(study).to_html(path)
     assert "Resource usage of" in path.read_text(encoding="utf-8")
     assert "Ledger" in analyze(study)._repr_html_()
+
+
+def test_a_report_shows_the_study_as_of_its_analysis(tmp_path: Path) -> None:
+    study = made_study(12)
+    report = analyze(study)
+    add_row(study, TrialRecord(Usage(memory=9e9, wall_time=1), outcome="completed"))
+    path = tmp_path / "report.html"
+    visualization.to_html(report, path, interactive=False)
+    assert "12 trials finished" in path.read_text(encoding="utf-8")
+    shown = [len(trace.x) for trace in report.figures()["usage_memory"].data]
+    assert sum(shown) == len(report.table[report.table["memory"].notna()])
 
 
 def test_the_best_value_is_that_of_a_trial_that_violates_no_constraint() -> None:

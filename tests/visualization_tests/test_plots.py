@@ -21,12 +21,11 @@ from optuna_quota._records import Interval, read_record, TrialRecord
 from optuna_quota._resources import OUTCOMES
 from optuna_quota._usage import Breach
 from optuna_quota.visualization import _theme
-from optuna_quota.visualization._burn_down import quota_curves
+from optuna_quota.visualization._budget import quota_curves, waste_of
 from optuna_quota.visualization._data import StudyTrials
 from optuna_quota.visualization._figures import thin
-from optuna_quota.visualization._reliability import breach_probability
+from optuna_quota.visualization._footprint import breach_probability
 from optuna_quota.visualization._timeline import timeline_of, timeline_svg
-from optuna_quota.visualization._waste import waste_of
 from tests.visualization_tests.studies import add_row, BEGIN, empty_study, made_study
 
 
@@ -171,8 +170,14 @@ def test_burn_down_charges_what_the_ledger_does() -> None:
     again = {"trial": 1, "granted": {"cpu_time": 30}, "began": BEGIN.timestamp()}
     preempted = TrialRecord(Usage(cpu_time=7), "preempted", "The worker had to end.")
     add_row(study, preempted, seconds=5, reservation=again)
-    used = {c.resource: c.used[-1] for c in quota_curves(StudyTrials(study))}
-    assert used == {"cpu_time": 37, "n_trials": 1}
+    # Its objective worked before it drew the parameter that was refused.
+    late = {"trial": 2, "charged": {"cpu_time": 3}, "began": BEGIN.timestamp()}
+    rejected = TrialRecord(outcome="rejected", reason="It would not fit.")
+    add_row(study, rejected, seconds=5, reservation=late)
+    curves = quota_curves(StudyTrials(study))
+    used = {c.resource: c.used[-1] for c in curves}
+    assert used == {"cpu_time": 40, "n_trials": 1}
+    assert {len(curve.used) for curve in curves} == {3}
     assert used == status(study).table["used"][list(used)].to_dict()
 
 

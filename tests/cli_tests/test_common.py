@@ -10,10 +10,12 @@ from typing import Any
 
 from hypothesis import given, strategies as st
 import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 import pytest
 
 from optuna_quota import Limits, Quota, Usage
-from optuna_quota.cli.arguments import (
+from optuna_quota.cli.common import (
     load_study,
     open_storage,
     parse_footprint,
@@ -110,6 +112,15 @@ def test_the_only_study_needs_no_name(tuned: str) -> None:
 def test_the_environment_names_the_storage(tuned: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTUNA_STORAGE", tuned)
     assert load_study(options(None)).study_name == "tuned"
+
+
+def test_a_journal_file_may_be_named_after_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = JournalStorage(JournalFileBackend("redis-tuning.log"))
+    optuna.create_study(study_name="s", storage=storage)
+    assert load_study(options("redis-tuning.log")).study_name == "s"
 
 
 def test_one_of_several_studies_of_a_journal(several: Path) -> None:

@@ -1,19 +1,55 @@
-"""Let the random generators that a script has made give other numbers in each trial."""
+"""Random generators: seed them differently in each trial, and pickle those of a script.
+
+The study's generators determine the seeds: trials differ, and are the same in each run of a script
+with a fixed seed.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
-import itertools
+import operator
 import pickle
 import random
 import sys
 import types
 from typing import Any
 
-from optuna_quota._isolation.modules import user_modules
+from optuna_quota._enforcement.nesting import parts_of, walk
+from optuna_quota._isolation.modules import after_import, user_modules
+
+
+# The global generators of libraries.
+
+
+def draw_seeds() -> dict[str, int]:
+    """Return seeds for the global generators of a trial, drawn from those of this process."""
+    seeds = {"random": random.getrandbits(32)}
+    # Where only the objective imports numpy, that seeds itself.
+    if "numpy" in sys.modules:
+        seeds["numpy"] = int(sys.modules["numpy"].random.randint(0, 2**31 - 1))
+    # torch starts with the same seed in each process.
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "randint"):
+        seeds["torch"] = int(torch.randint(0, 2**31 - 1, (), device="cpu"))
+    else:
+        seeds["torch"] = seeds["random"]
+    return seeds
+
+
+def seed_global_generators(seeds: Mapping[str, int]) -> None:
+    """Seed the global generators, now or once their library is imported."""
+    functions = {"random": "seed", "numpy": "random.seed", "torch": "manual_seed"}
+    for name, value in seeds.items():
+        after_import(name, functools.partial(_seed, functions[name], value))
+
+
+def _seed(function: str, value: int, module: Any) -> None:
+    operator.attrgetter(function)(module)(value)
+
+
+# Those that a script has made.
 
 
 def is_generator(value: Any) -> bool:
@@ -25,7 +61,7 @@ def _path(kind: type) -> str:
 
 
 def reduce_generator(value: Any) -> tuple[Any, ...]:
-    """Return how to pickle a random generator: the global ones of a library by name."""
+    """Return the reduced value of a random generator: global ones of a library go by name."""
     for place in (("random", "_inst"), ("numpy.random.mtrand", "_rand")):
         if value is _global_of(*place):
             return _global_of, place
@@ -44,7 +80,6 @@ def _load_generator(data: bytes) -> Any:
 
 # A search through all that a script holds would take longer than a short trial.
 _MAX_SEARCHED = 2_000
-_MAX_PARTS = 300
 _LEAVES = {type(None), bool, bytes, float, int, str}
 # Those in the pickle of the objective.
 _loaded: list[Any] = []
@@ -57,11 +92,10 @@ def find_generators(objective: Any) -> list[Any]:
 
 
 def vary_generators(number: int, generators: Iterable[Any]) -> None:
-    """Let the generators that a script has made give other numbers in each trial.
+    """Seed the generators of a script differently in each trial.
 
-    Each is seeded by what it gives next and the number of the trial, so that a script with a
-    fixed seed gets the same trials again. A seed sequence keeps what it gives, and has other
-    children.
+    The seed is made of the generator's next number and the number of the trial, so that a script
+    with a fixed seed is reproducible. A seed sequence keeps its state but spawns other children.
     """
     held = {id(found): found for found in generators}.values()
     sequences = {id(found): found for found in held if _is_seed_sequence(found)}
@@ -85,7 +119,7 @@ def _vary(value: Any, number: int, sequences: dict[int, Any]) -> None:
         sequences[id(sequence)] = sequence
     lock = getattr(bits, "lock", None)
     if lock is not None:
-        # In a fork it stays held for good if another thread drew from it just then.
+        # In a fork it stays locked if another thread was drawing from it.
         if not lock.acquire(blocking=False):
             return
         lock.release()
@@ -99,8 +133,8 @@ def _way_to_vary(value: Any) -> _Way | None:
 
 
 def _way_of(kind: type, value: Any) -> _Way | None:
-    """Return the same for a value of this class, None if it is no generator's."""
-    if kind.__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
+    """Return how to draw from and seed a value of this class, None if it is no generator."""
+    if kind.__name__ not in _NAMES:  # fast, as it is called for each pickled object
         return None
     path = _path(kind)
     return _WAYS.get(path) if path != _TORCH or value.device.type == "cpu" else None
@@ -111,10 +145,11 @@ def _is_seed_sequence(value: Any) -> bool:
 
 
 def _skip_children(sequence: Any, number: int) -> None:
-    """Let a trial's children of a numpy SeedSequence be others than those of earlier trials.
+    """Make a numpy SeedSequence spawn other children than in earlier trials.
 
-    Numpy counts them in 32 bits. The first trial has those that it would have in process, and the
-    bits of the number in reverse keep those of any two trials as far apart as can be.
+    Numpy counts children in 32 bits. The first trial gets the same children as in process;
+    reversed bits of the trial's number keep the children of any two trials as far apart as
+    possible.
     """
     skipped = int(f"{number % 2**32:032b}"[::-1], 2)
     sequence.__init__(
@@ -125,39 +160,20 @@ def _skip_children(sequence: Any, number: int) -> None:
     )
 
 
-def _with_parts(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield values and what they hold, such as a list of estimators with a ``random_state``."""
+def _with_parts(values: Sequence[Any]) -> Iterator[Any]:
+    """Yield values and their parts, such as a list of estimators with a ``random_state``."""
     own = {"__main__", *(module.__name__ for module in user_modules())}
-    pending, seen = deque(values), set[int]()
-    most = len(pending) + _MAX_SEARCHED
-    while pending:
-        value = pending.popleft()
-        if id(value) in seen or type(value) in _LEAVES:
-            continue
-        seen.add(id(value))
-        yield value
-        if len(seen) < most:
-            with contextlib.suppress(Exception):  # methods of a user's class may raise anything
-                pending.extend(itertools.islice(_parts(value, own), _MAX_PARTS))
+    return walk(values, functools.partial(_parts, own), most=len(values) + _MAX_SEARCHED)
 
 
-def _parts(value: Any, own: Container[str]) -> Iterable[Any]:
-    """Return what a value holds; of functions and classes, only of those of the user's modules."""
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return value
-    if isinstance(value, functools.partial):
-        return value.func, value.args, value.keywords
-    if isinstance(value, types.MethodType):
-        return value.__self__, value.__func__
-    if isinstance(value, types.ModuleType):
+def _parts(own: Container[str], value: Any) -> Iterable[Any]:
+    """Return the parts of a value; of functions and classes, only those of the user's modules."""
+    is_code = isinstance(value, (types.FunctionType, type))
+    if isinstance(value, types.ModuleType) or (is_code and value.__module__ not in own):
         return ()
-    if isinstance(value, (types.FunctionType, type)) and value.__module__ not in own:
-        return ()
-    if isinstance(value, types.FunctionType):
-        return value.__defaults__, value.__kwdefaults__, value.__closure__, vars(value)
-    return (value.cell_contents,) if type(value) is types.CellType else vars(value).values()
+    held = parts_of(value)
+    parts = vars(value).values() if held is None else held
+    return (part for part in parts if type(part) not in _LEAVES)
 
 
 def values_within_reach(objective: Any) -> Iterator[Any]:
@@ -185,7 +201,7 @@ def _seed_state(state: Any, value: int) -> None:
 
 
 def _draw_torch(generator: Any) -> int:
-    return int(sys.modules["torch"].randint(2**62, (), generator=generator))
+    return int(sys.modules["torch"].randint(2**62, (), generator=generator, device="cpu"))
 
 
 _SEED_SEQUENCE = "numpy.random.bit_generator.SeedSequence"

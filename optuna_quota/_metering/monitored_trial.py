@@ -1,4 +1,4 @@
-"""What a trial has used so far, its ceilings and its first breach: plain state."""
+"""The state of a trial under metering: its usage so far, its ceilings and its first breach."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NEED_CPU_TIME = {"cpu_time", "cpu_cores", "cost"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a trial ended, as decided by whatever ended it."""
+    """How a trial ended, as decided by what ended it."""
 
     outcome: Outcome  # The outcome in the trial table
     reason: str  # One sentence for a person
@@ -39,7 +39,7 @@ class Verdict:
 
 
 class UsageTotals:
-    """A trial's usage so far, by resource; a resource without a reading is unknown."""
+    """A trial's usage so far, by resource; without a reading it is unknown."""
 
     def __init__(self) -> None:
         self._measured: dict[str, float] = {}
@@ -56,7 +56,7 @@ class UsageTotals:
             self._measured[resource] = self._measured.get(resource, 0.0) + amount
 
     def mark_unknown(self, resource: str) -> None:
-        """Discard a resource for good: later readings cover only a part of the trial."""
+        """Discard a resource permanently: later readings cover only a part of the trial."""
         self._unknown.add(resource)
         self._measured.pop(resource, None)
 
@@ -77,11 +77,11 @@ _MAX_POINTS = 60
 _BUCKET = 0.05
 
 
-class Timeline:
+class UsageTimeline:
     """A trial's usage over time: a bounded number of points, each the maximum of its bucket.
 
-    Time is cut into buckets of equal width. When there are too many, the width doubles and
-    neighbours merge: a peak is never thinned away.
+    Time is divided into buckets of equal width. When there are too many, the width doubles and
+    neighbours merge, so that no peak is lost.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Timeline:
         return tuple(sorted(self._points.values()))
 
 
-class TrialState:
+class MonitoredTrial:
     """The state of one trial under metering.
 
     The metering loop holds its lock while it calls the methods.
@@ -126,12 +126,14 @@ class TrialState:
         self.isolation: Isolation | None = "thread"
         # Memory that this process held before the trial began in it, in bytes.
         self.held: float | None = None
+        # GPU memory that tensors of this process held before, in bytes.
+        self.held_on_gpu = 0.0
         self.breach: Breach | None = None  # The first breach; it stays
         self.verdict: Verdict | None = None
         # Which component writes the trial's record, ``"sampler"`` for the sampler.
         self.owner: str | None = None
         self.recorded = False
-        self.is_finished = False  # Whether it has its result: from then on nothing is a breach
+        self.is_finished = False  # Whether it has its result: later usage is no breach
         self.closed = False  # Whether metering has ended
         # Environment variables of the trial's own process, such as the GPU assigned to it.
         self.environment: Mapping[str, str] = {}
@@ -152,13 +154,13 @@ class TrialState:
         self._is_confined = False
         self._unseen_peak: float | None = None
         self._callbacks: list[Callable[[Breach], None]] = []
-        self._timelines: dict[str, Timeline] = defaultdict(Timeline)
+        self._timelines: dict[str, UsageTimeline] = defaultdict(UsageTimeline)
         self._cpu_samples: deque[tuple[float, float]] = deque()
         self._update_ceilings()
 
     @property
     def hard_ceilings(self) -> Mapping[str, Ceiling]:
-        """The ceilings that no further grant can raise, for limits that can be set only once."""
+        """The ceilings under the largest possible grants, for limits that can be set only once."""
         most = {name: self.most.get(name, amount) for name, amount in self.left.items()}
         return tightest_ceilings(self.limits.amounts(), most)
 
@@ -223,8 +225,8 @@ class TrialState:
     def record_unseen_peak(self, peak: float | None) -> None:
         """Record a peak of memory that the kernel reports and no sample saw.
 
-        It is no breach: a limit is judged by what is measured at that moment, and this memory was
-        free again by then.
+        It is no breach: a limit is enforced by what is measured at that moment, and this memory
+        was already free again.
         """
         if peak is not None:
             self._unseen_peak = max(peak, self._unseen_peak or 0.0)
@@ -254,7 +256,7 @@ class TrialState:
             self.gpu = None
 
     def check_breach(self, now: float) -> None:
-        """Look for a breach in the usage so far; the first one stays."""
+        """Check the usage so far for a breach; the first one is kept."""
         if self.breach is not None or self.is_finished or not self._ceilings:
             return
         amounts = self.used.by_resource()
@@ -273,7 +275,7 @@ class TrialState:
         self.breach = found[0] if found else None
 
     def _cpu_cores(self, now: float, cpu_time: float | None) -> dict[str, float]:
-        """Return the rate of CPU time over the last second; nothing before it has passed."""
+        """Return the rate of CPU time over the last second, None within the first second."""
         samples = self._cpu_samples
         if cpu_time is not None and (not samples or cpu_time > samples[-1][1]):
             samples.append((now, cpu_time))
@@ -285,7 +287,7 @@ class TrialState:
         return {"cpu_cores": (total - before) / (last - then)}
 
     def mark_shared(self) -> None:
-        """Another trial runs in the same process: peaks can't be attributed any more."""
+        """Mark that another trial runs in the same process: peaks can't be attributed any more."""
         if self.isolation != "thread":
             return
         self.isolation = "shared"
@@ -296,7 +298,7 @@ class TrialState:
             self.mark_unknown(name)
 
     def confine(self) -> None:
-        """A limit on cores confines the trial's process from now on: it is no ceiling any more."""
+        """Drop the ceiling on cores: the trial's process is confined to them."""
         self._is_confined = "cpu_cores" in self.limits.amounts()
         self._update_ceilings()
 
@@ -306,9 +308,10 @@ class TrialState:
             self._ceilings.pop("cpu_cores", None)
 
     def isolate(self) -> None:
-        """Discard what was measured of this process: the trial gets a process of its own."""
+        """Discard earlier measurements: the trial gets a process of its own."""
         self.isolation = "process"
         self.gpu = self.held = None
+        self.held_on_gpu = 0.0
         self.used = UsageTotals()
         self._unseen_peak = None
         self._timelines.clear()
@@ -317,13 +320,13 @@ class TrialState:
             self.breach = None
 
     def postpone(self, seconds: float) -> None:
-        """Move the start; nothing but time was measured yet that could be a breach."""
+        """Move the start to a later time."""
         self.started += seconds
         if seconds:
             self.breach = None
 
     def take_callbacks(self) -> list[Callable[[], None]]:
-        """Return what is due to be called, each once: of a breach, or to request more."""
+        """Return the callbacks that are due, each once: of a breach, or to request more."""
         if self.breach is not None:
             due, self._callbacks = self._callbacks, []
             return [partial(callback, self.breach) for callback in due]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from optuna_quota._metering.trial_state import Timeline
+from optuna_quota._metering.monitored_trial import UsageTimeline
 
 
 SAMPLES = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e12)), min_size=1, max_size=300).map(
@@ -14,7 +14,7 @@ SAMPLES = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e12)), min_size=1,
 
 @given(SAMPLES)
 def test_the_timeline_is_bounded_ordered_and_keeps_the_peak(samples) -> None:  # type: ignore[no-untyped-def]
-    timeline = Timeline()
+    timeline = UsageTimeline()
     for seconds, value in samples:
         timeline.add(seconds, value)
     points = timeline.points()
@@ -25,7 +25,7 @@ def test_the_timeline_is_bounded_ordered_and_keeps_the_peak(samples) -> None:  #
 
 
 def test_short_spikes_survive_a_long_flat_run() -> None:
-    timeline = Timeline()
+    timeline = UsageTimeline()
     spikes = {777, 3333, 5000, 9001}
     for i in range(10_000):
         timeline.add(i * 0.1, 9.0 + i if i in spikes else 1.0)
@@ -35,4 +35,4 @@ def test_short_spikes_survive_a_long_flat_run() -> None:
 
 
 def test_nothing_sampled() -> None:
-    assert Timeline().points() == ()
+    assert UsageTimeline().points() == ()

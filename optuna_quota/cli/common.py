@@ -1,31 +1,31 @@
-"""Arguments that several commands share, what they name, and the exit statuses."""
+"""What the commands share: arguments, what they name, exit statuses, tables and JSON."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 import difflib
+import json
+import math
 import os
 from pathlib import Path
 import re
+import sys
 import textwrap
 from typing import Any, TYPE_CHECKING, TypeVar
 
+from optuna_quota import _resources
 from optuna_quota._limits import Limits, Quota
-from optuna_quota._resources import (
-    HELD_RESOURCES,
-    LIMIT_RESOURCES,
-    PRICED_RESOURCES,
-    RESOURCES,
-    TOTAL_RESOURCES,
-    USAGE_RESOURCES,
-)
+from optuna_quota._units import align
 from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.study import Study
+    import pandas as pd
 
     from optuna_quota._footprint.footprint import Footprint
 
@@ -49,6 +49,7 @@ class UsageError(Exception):
 
 def add_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    run: Callable[[argparse.Namespace], int],
     name: str,
     summary: str,
     *,
@@ -59,6 +60,7 @@ def add_command(
 
     Args:
         commands: Where to add it.
+        run: Runs it and returns the exit status.
         name: Its name.
         summary: One sentence, for the list of commands.
         examples: Lines to copy.
@@ -83,6 +85,7 @@ def add_command(
         default="table",
         help="a table for people, or JSON with stable keys (default: table)",
     )
+    parser.set_defaults(run=run)
     return parser
 
 
@@ -127,20 +130,24 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
         "redis://… or a journal file; default: the environment variable OPTUNA_STORAGE",
     )
     parser.add_argument(
-        "--study-name", metavar="NAME", help="may be left out where the storage has one study"
+        "--study-name", metavar="NAME", help="optional if the storage has only one study"
     )
 
 
 def parse_quota(options: argparse.Namespace) -> Quota:
     """Return the quota of ``--quota`` and ``--price``."""
-    amounts = _parse_pairs(options.quota, "--quota", TOTAL_RESOURCES + HELD_RESOURCES)
-    prices = _parse_pairs(options.price, "--price", PRICED_RESOURCES)
+    amounts = _parse_pairs(
+        options.quota, "--quota", _resources.TOTAL_RESOURCES + _resources.HELD_RESOURCES
+    )
+    prices = _parse_pairs(options.price, "--price", _resources.PRICED_RESOURCES)
     return _build(Quota, "--quota", {**amounts, "prices": prices or None})
 
 
 def parse_limits(options: argparse.Namespace) -> Limits:
     """Return the limits of ``--limit``."""
-    return _build(Limits, "--limit", _parse_pairs(options.limit, "--limit", LIMIT_RESOURCES))
+    return _build(
+        Limits, "--limit", _parse_pairs(options.limit, "--limit", _resources.LIMIT_RESOURCES)
+    )
 
 
 def parse_footprint(text: str) -> Usage | Footprint:
@@ -151,7 +158,9 @@ def parse_footprint(text: str) -> Usage | Footprint:
             ``Footprint.to_json`` or ``report --footprint`` wrote.
     """
     if "=" in text and not Path(text).is_file():
-        return _build(Usage, "--footprint", _parse_pairs([text], "--footprint", USAGE_RESOURCES))
+        return _build(
+            Usage, "--footprint", _parse_pairs([text], "--footprint", _resources.USAGE_RESOURCES)
+        )
     from optuna_quota._footprint.footprint import Footprint
 
     try:
@@ -182,7 +191,7 @@ def _parse_pairs(texts: Sequence[str], option: str, known: Sequence[str]) -> dic
             raise UsageError(f"{option}: unknown name {name!r}; {hint}")
         if name in pairs:
             raise UsageError(f"{option} {name} is given twice.")
-        if option == "--price" or not RESOURCES[name].unit.symbol:
+        if option == "--price" or not _resources.RESOURCES[name].unit.symbol:
             try:
                 pairs[name] = int(value) if value.isdigit() else float(value)
             except ValueError:
@@ -216,10 +225,10 @@ def open_storage(url: str) -> BaseStorage:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalRedisBackend
 
-    if url.startswith("redis"):
-        return JournalStorage(JournalRedisBackend(url))
     if os.path.isfile(url):
         return _open_file(url)
+    if url.startswith("redis"):
+        return JournalStorage(JournalRedisBackend(url))
     return _open_database(url)
 
 
@@ -280,3 +289,98 @@ def _choose(names: list[str], asked: str | None) -> str:
     if len(names) > 1:
         raise UsageError(f"The storage has several studies; give --study-name: {listed}.")
     return names[0]
+
+
+_STYLES = {"bold": "1", "dim": "2", "green": "32", "yellow": "33", "red": "31"}
+# The escape sequences that `styled` writes, and no others.
+_STYLE = re.compile(r"(\x1b\[(?:0|[12]|3[123])m)")
+
+
+def write_line(text: str = "") -> None:
+    """Print text to standard output without control characters, except line ends and styles."""
+    parts = _STYLE.split(text) if has_colour() else [text]
+    parts[::2] = map(harmless, parts[::2])
+    print("".join(parts))
+
+
+def harmless(text: str) -> str:
+    """Replace characters that could control a terminal: names come from the storage."""
+    return "".join(c if c.isprintable() or c in "\n\u2002" else " " for c in text)
+
+
+def write_json(value: Any) -> None:
+    """Print a value as JSON; NaN and infinity are null."""
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):  # a scalar of numpy's
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return value.isoformat(timespec="seconds") if isinstance(value, datetime) else str(value)
+
+
+def as_json(found: Any, keys: Iterable[str], **computed: Any) -> dict[str, Any]:
+    """Return the values of a command's documented keys: computed, or else attributes."""
+    return {key: computed[key] if key in computed else getattr(found, key) for key in keys}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a DataFrame by column."""
+    found: list[dict[str, Any]] = frame.astype(object).to_dict("records")
+    return found
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done on standard error, where that is a terminal, until it is done.
+
+    The function that is yielded shows what is done next.
+    """
+
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    show(f"{text} …")
+    try:
+        yield lambda text: show(f"{text} …")
+    finally:
+        show("")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose first column has names, the others figures."""
+    first, *rest = align([header, *rows])
+    rule = ("─" if encodes("─") else "-") * max(map(len, (first, *rest)))
+    return [styled(first, "bold"), styled(rule, "dim"), *rest]
+
+
+def styled(text: str, style: str) -> str:
+    """Return the text in a style where standard output is a colour terminal."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if has_colour() else text
+
+
+def has_colour() -> bool:
+    """Return whether to colour: on a terminal, unless NO_COLOR is set (no-color.org)."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return sys.stdout.isatty()
+
+
+def encodes(text: str) -> bool:
+    """Return whether standard output can show the text."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
