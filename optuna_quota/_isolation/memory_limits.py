@@ -275,18 +275,18 @@ class Cgroup:
 
 
 def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
-    """Cap the frameworks at a trial's limit on GPU memory, in bytes; without one, do nothing.
+    """Cap the frameworks at a trial's limit on GPU memory, in bytes.
 
     ``device_memory`` is that of the smallest GPU or MIG instance that the trial sees; None when
     unknown, and then only what needs no fraction is set.
     """
+    # By default JAX takes three quarters of each device, TensorFlow all of it: what a trial
+    # needs would stay unknown, a limit would be exceeded at once, and other trials find no room on
+    # the device: of four with JAX two crashed. Trials in threads share what one process takes.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     if gpu_memory is None:
         return
-    # By default TensorFlow takes a whole device, whatever the model needs.
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    # By default JAX takes three quarters of each device at once: the need of a trial would stay
-    # unknown, and its whole limit, with the driver's own part on top, would be a breach.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if device_memory:
         fraction = math.floor(1e4 * min(1.0, gpu_memory / device_memory)) / 1e4
         _set_at_most("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction, f"{fraction:.4f}")

@@ -286,12 +286,13 @@ def test_gpu_caps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     set_gpu_caps(None, 8.0 * GIB)
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
+    # Otherwise a trial takes most of the device: its need would be unknown, its limit exceeded at
+    # once, and other trials on the device would fail.
+    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    assert os.environ[preallocate] == "false"
     monkeypatch.setattr("optuna_quota._isolation.memory_limits.after_import", lambda *_: None)
     set_gpu_caps(2.0 * GIB, 8.0 * GIB)
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.2500"
-    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
-    # Otherwise the need of a trial would be unknown, and its limit exceeded at once.
-    assert os.environ[preallocate] == "false"
     assert os.environ["CUPY_GPU_MEMORY_LIMIT"] == str(2 * GIB)
     cuda = FakeCuda()
     cap_torch(cuda, 4.0 * GIB)
