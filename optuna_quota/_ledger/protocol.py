@@ -150,32 +150,22 @@ class Reservation:
 
 
 # Keys of the attribute, by field.
-_AMOUNTS = {
-    "granted": "granted",
-    "asked": "asked",
-    "queued_for": "waits",
-    "used": "used",
-    "charged": "charged",
-}
+_AMOUNTS = {n: n for n in ("granted", "asked", "used", "charged")} | {"queued_for": "waits"}
 
 
 def reservation_object(reservation: Reservation) -> dict[str, Any]:
     """Return a reservation as a JSON object, without what is empty or unknown."""
-    found: dict[str, Any] = {"trial": reservation.trial_id}
+    own = vars(reservation)
+    found: dict[str, Any] = {"trial": reservation.trial_id, "worker": None}
     for name, key in _AMOUNTS.items():
-        amounts = getattr(reservation, name)
-        if amounts:
-            found[key] = {resource: plain_number(value) for resource, value in amounts.items()}
-    optional = {
-        "began": None if reservation.began is None else round(reservation.began, 3),
-        "beat": None if reservation.beat is None else round(reservation.beat, 3),
-        "every": None if reservation.every == HEARTBEAT else reservation.every,
-        "study": reservation.study,
-        "gpu": reservation.gpu,
-        "worker": None if reservation.worker is None else dict(vars(reservation.worker)),
-    }
-    found.update({name: value for name, value in optional.items() if value is not None})
-    return found
+        found[key] = {resource: plain_number(value) for resource, value in own[name].items()}
+    for name in ("began", "beat"):
+        found[name] = None if own[name] is None else round(own[name], 3)
+    found["every"] = None if reservation.every == HEARTBEAT else reservation.every
+    found |= {name: own[name] for name in ("study", "gpu")}
+    if reservation.worker is not None:
+        found["worker"] = dict(vars(reservation.worker))
+    return {name: value for name, value in found.items() if value not in (None, {})}
 
 
 def study_stamp(study_name: str) -> str:

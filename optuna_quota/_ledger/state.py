@@ -254,47 +254,42 @@ class LedgerState:
 
         Raises UpdateFinishedTrialError if another worker has finished the row.
         """
-        self._write(trial_id, self._signed(trial_id, reservation))
-
-    def _signed(self, trial_id: int, reservation: Reservation) -> Reservation:
-        own = {"worker": this_worker(), "beat": self.now(), "every": self.heartbeat}
-        return replace(reservation, trial_id=trial_id, **own)  # type: ignore[arg-type]
+        attribute = self.attribute(trial_id, reservation)
+        _records.write_attributes(self._storage, trial_id, system=attribute)
 
     def attribute(self, trial_id: int, reservation: Reservation) -> dict[str, Any]:
-        """Return what :meth:`write` would write, by key."""
-        return self._attribute(self._signed(trial_id, reservation))
+        """Return what :meth:`write` writes, by key."""
+        own: dict[str, Any] = {"beat": self.now(), "every": self.heartbeat}
+        return self._stamped(replace(reservation, trial_id=trial_id, worker=this_worker(), **own))
 
-    def _attribute(self, reservation: Reservation) -> dict[str, Any]:
+    def _stamped(self, reservation: Reservation) -> dict[str, Any]:
         stamped = replace(reservation, study=self.rows.stamp)
         return {_records.RESERVATION: reservation_object(stamped)}
-
-    def _write(self, trial_id: int, reservation: Reservation) -> None:
-        attribute = self._attribute(reservation)
-        _records.write_attributes(self._storage, trial_id, system=attribute)
 
     def take_enqueued(self, trial_id: int) -> bool:
         """Return whether an enqueued trial is this worker's alone.
 
         Optuna relies on row locks to give it to one worker only, and SQLite has none.
         """
-        storage, key, stamp = self._storage, _records.RESERVATION, self.rows.stamp
+        storage, key = self._storage, _records.RESERVATION
         if _optuna.has_row_locks(storage):
             return True
         trial = storage.get_trial(trial_id)
         written = trial.system_attrs.get(key)
         # A retried trial has a copy of another one's reservation, which is parsed as None.
-        if trial.state.is_finished() or parse_reservation(written, trial_id, stamp):
+        if trial.state.is_finished() or parse_reservation(written, trial_id, self.rows.stamp):
             return False
-        own = reservation_object(replace(self._signed(trial_id, Reservation()), study=stamp))
+        own = self.attribute(trial_id, Reservation())[key]
         swap = _optuna.swap_system_attr_on_sqlite
         return retry(lambda: swap(storage, trial_id, key, written, own))
 
     def _fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> bool:
         """Finish an orphaned trial's row; of several workers that try, one gets True."""
-        storage = self._storage
+        storage, user = self._storage, _records.record_attributes(record)
         try:
-            self._write(trial_id, reservation)
-            _records.write_record(storage, trial_id, record)
+            _records.write_attributes(
+                storage, trial_id, user=user, system=self._stamped(reservation)
+            )
             if not _optuna.has_row_locks(storage):
                 return retry(lambda: _optuna.fail_row_on_sqlite(storage, trial_id))
             storage.set_trial_state_values(trial_id, TrialState.FAIL)

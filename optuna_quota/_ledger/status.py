@@ -100,17 +100,18 @@ class LedgerStatus:
     @property
     def workers(self) -> DataFrame:
         """A DataFrame indexed by worker: ``running`` trials and usage by resource."""
-        names = sorted({*self.by_worker, *self.running})
-        rows = {
-            name: {"running": self.running.get(name, 0), **self.by_worker.get(name, {})}
-            for name in names
-        }
-        return float_frame(rows, ("running", *self._used_resources(self.by_worker)))
+        groups = self._workers
+        return float_frame(groups, ("running", *_columns(groups)))
 
     @property
     def outcomes(self) -> DataFrame:
         """A DataFrame indexed by outcome: usage by resource."""
-        return float_frame(dict(self.by_outcome), self._used_resources(self.by_outcome))
+        return float_frame(self.by_outcome, _columns(self.by_outcome))
+
+    @property
+    def _workers(self) -> dict[str, Mapping[str, float]]:
+        names = sorted({*self.by_worker, *self.running})
+        return {n: {"running": self.running.get(n, 0), **self.by_worker.get(n, {})} for n in names}
 
     def __str__(self) -> str:
         notes = "\n".join(self._notes())
@@ -123,36 +124,18 @@ class LedgerStatus:
     def _tables(self) -> list[list[tuple[str, ...]]]:
         tables = (
             self._resource_rows(),
-            self._group_rows("worker", self.by_worker, self.running),
-            self._group_rows("outcome", self.by_outcome),
+            _group_rows("worker", self._workers, ("running", *_columns(self._workers))),
+            _group_rows("outcome", self.by_outcome, _columns(self.by_outcome)),
         )
         return [rows for rows in map(list, tables) if len(rows) > 1]
-
-    def _used_resources(self, groups: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
-        known = {name for amounts in groups.values() for name in amounts}
-        return tuple(name for name in TOTAL_RESOURCES if name in known)
 
     def _resource_rows(self) -> Iterator[tuple[str, ...]]:
         yield ("resource", "used", "reserved", "left", "quota", "")
         for line in self.lines:
             shown = (line.used, line.reserved or None, line.left, line.quota)
-            texts = ("–" if v is None else format_amount(line.resource, v) for v in shown)
-            yield (get_resource(line.resource).title, *texts, _share(line))
-
-    def _group_rows(
-        self,
-        title: str,
-        groups: Mapping[str, Mapping[str, float]],
-        running: Mapping[str, int] | None = None,
-    ) -> Iterator[tuple[str, ...]]:
-        resources = self._used_resources(groups)
-        counts = () if running is None else ("running",)
-        yield (title, *counts, *(get_resource(name).title for name in resources))
-        shown = {name for name, amounts in groups.items() if any(amounts.values())}
-        for name in sorted(shown.union(running or ())):
-            amounts = groups.get(name, {})
-            texts = (format_amount(r, amounts[r]) if r in amounts else "–" for r in resources)
-            yield (name, *(str((running or {}).get(name, 0)) for _ in counts), *texts)
+            share = f"{(line.used + line.reserved) / line.quota:.0%}" if line.quota else ""
+            texts = (_text(line.resource, value) for value in shown)
+            yield (get_resource(line.resource).title, *texts, share)
 
     def _notes(self) -> Iterator[str]:
         for line in self.lines:
@@ -167,6 +150,23 @@ class LedgerStatus:
             yield f"{self.waiting} running {wait} for what others hold."
         if self.end is not None:
             yield self.end
+
+
+def _columns(groups: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return [name for name in TOTAL_RESOURCES if any(name in each for each in groups.values())]
+
+
+def _group_rows(
+    title: str, groups: Mapping[str, Mapping[str, float]], columns: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    yield (title, *(get_resource(name).title for name in columns))
+    for group, amounts in sorted(groups.items()):
+        if any(amounts.values()):
+            yield (group, *(_text(name, amounts.get(name)) for name in columns))
+
+
+def _text(resource: str, amount: float | None) -> str:
+    return "–" if amount is None else format_amount(resource, amount)
 
 
 def status(
@@ -271,12 +271,6 @@ def _projected_end(projection: Projection) -> str | None:
         f"Projected end: in {format_seconds(median)} of running time, "
         f"at most {format_seconds(upper)}."
     )
-
-
-def _share(line: LedgerLine) -> str:
-    if not line.quota:
-        return ""
-    return f"{100 * (line.used + line.reserved) / line.quota:.0f}%"
 
 
 def _text_table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 import math
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
@@ -136,13 +137,10 @@ def read_entry(
         charges: dict[str, float | None] = {**(reservation or Reservation()).charged}
         if charges and quota.prices:
             charges["cost"] = quota.price(charges)
-    elif reservation is None:
-        ran_here = written is None or (
-            isinstance(written, Mapping) and study is not None and written.get("study") == study
-        )
-        charges = _charges_without_reservation(trial, record.usage, quota, ran_here=ran_here)
     else:
         charges = _charges(trial, reservation, record.usage, quota)
+        if reservation is None and not _ran_here(trial, written, study):
+            del charges["n_trials"]
     if outcome == "preempted":
         # It runs again.
         charges.pop("n_trials", None)
@@ -153,39 +151,36 @@ def read_entry(
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 
 
-def _charges_without_reservation(
-    trial: FrozenTrial, usage: Usage, quota: Quota, *, ran_here: bool
-) -> dict[str, float | None]:
-    """Return the charges of a trial that ran before there was a quota, or was added.
+def _ran_here(trial: FrozenTrial, written: Any, study: str | None) -> bool:
+    """Return whether a trial that no ledger of this study admitted ran in it before its quota.
 
-    Unknown usage is not charged, as no limit bounded it. The trial counts toward ``n_trials`` if
-    it ran in this study: ``create_trial`` gives an added row the same start and end, and a row
-    copied from another study with a quota has that study's stamp. A row copied from a study
-    without a quota looks like one that ran here.
+    Else it was added: ``create_trial`` gives a row the same start and end, and a row copied from
+    another study with a quota has that study's stamp. A row copied from a study without a quota
+    looks like one that ran here.
     """
-    charges = {name: usage.get(name) for name in CHARGED_RESOURCES}
-    seconds = optuna_duration(trial)
-    if charges["trial_time"] is None:
-        charges["trial_time"] = seconds
-    if seconds is not None and ran_here:
-        charges["n_trials"] = 1.0
-    known = {name: amount for name, amount in charges.items() if amount is not None}
-    return {**known, "cost": quota.price(known)} if quota.prices else dict(known)
+    stamp = written.get("study") if isinstance(written, Mapping) else None
+    is_own = written is None or (stamp is not None and stamp == study)
+    return is_own and optuna_duration(trial) is not None
 
 
 def _charges(
-    trial: FrozenTrial, held: Reservation, usage: Usage, quota: Quota
+    trial: FrozenTrial, held: Reservation | None, usage: Usage, quota: Quota
 ) -> dict[str, float | None]:
+    """Return what a trial is charged: its usage, else what it was granted, None if unknown.
+
+    Unknown usage of a trial without a reservation is not charged, as no limit bounded it.
+    """
+    charged, granted = ({}, {}) if held is None else (held.charged, held.granted)
     charges: dict[str, float | None] = {"n_trials": 1.0}
     for name in CHARGED_RESOURCES:
-        known = [v for v in (usage.get(name), held.charged.get(name)) if v is not None]
-        charges[name] = max(known) if known else held.granted.get(name)
+        known = [v for v in (usage.get(name), charged.get(name)) if v is not None]
+        charges[name] = max(known) if known else granted.get(name)
     if charges["trial_time"] is None:
         charges["trial_time"] = optuna_duration(trial)
     if quota.prices:
-        unknown = any(charges.get(name) is None for name in quota.prices)
-        charges["cost"] = held.granted.get("cost") if unknown else quota.price(charges)
-    return charges
+        unknown = held is not None and any(charges.get(name) is None for name in quota.prices)
+        charges["cost"] = granted.get("cost") if unknown else quota.price(charges)
+    return {n: a for n, a in charges.items() if a is not None or held is not None}
 
 
 class QuotaTotals:
