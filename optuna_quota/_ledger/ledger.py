@@ -19,20 +19,17 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
-from optuna_quota._ledger import grant
-from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
+from optuna_quota._ledger import grant, protocol
 from optuna_quota._ledger.gpus import find_gpus, Gpu, GpuChoice, memory_in_use
 from optuna_quota._ledger.grant import Needs, Refusal
-from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial, RunningTrials
-from optuna_quota._ledger.protocol import (
-    Decision,
-    Reservation,
-    ResourceRequest,
-    Shortage,
-    this_worker,
-    with_decision,
-    with_queue_place,
+from optuna_quota._ledger.heartbeat import (
+    Heartbeat,
+    LEASE,
+    OrphanedTrial,
+    RunningTrial,
+    RunningTrials,
 )
+from optuna_quota._ledger.protocol import Decision, Reservation, ResourceRequest
 from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._limits import Limits, Quota
@@ -132,7 +129,7 @@ class Ledger:
         self._fail_left_behind()
         trial_id, number = _optuna.trial_id_of(trial), trial.number
         held, seen, short = Reservation(), self._state.last, None
-        warn_at = self._clock.monotonic() + _DEADLOCK_WARNING_AFTER
+        in_loop, asked_at = self._in_optimize_loop(), self._clock.monotonic()
         for pause in pauses():
             if short is not None and is_over():
                 return self._withdraw(trial_id, grant.refuse_study_ended(short))
@@ -148,11 +145,11 @@ class Ledger:
                 bounds=bounds,
                 needs=needs(free, beside),
                 n_jobs=n_jobs,
-                requested_by=self._running.requested_by(self._in_optimize_loop()),
+                requested_by=self._running.requested_by(in_loop),
             )
             choice = GpuChoice(
                 self._gpus,
-                this_worker().machine,
+                protocol.this_worker().machine,
                 footprint.get("gpu_memory", limits.gpu_memory),
                 self._gpus_per_trial,
                 memory_in_use(self._gpus),
@@ -169,29 +166,20 @@ class Ledger:
                 return self._begin(trial, limits, decision)
             short = decision.shortage
             if refusal is None and short is not None:
-                refusal = self._refuse_to_wait(short, seen, number)
+                refusal = grant.refuse_never_fitting(short)
+                if refusal is None and self._running.must_not_wait(in_loop):
+                    refusal = grant.refuse_to_wait(short, seen.claims, number)
             if refusal is not None:
                 return self._withdraw(trial_id, refusal)
             assert short is not None
             held = self._queue(trial_id, held, requests)
             self._log_once("serial", grant.describe_serial(short, self.quota))
-            if self._clock.monotonic() >= warn_at and self._warn_of_deadlock(short, seen, number):
-                warn_at = math.inf
+            if self._clock.monotonic() - asked_at >= _DEADLOCK_WARNING_AFTER:
+                own = self._running.asked_here()
+                warning = grant.deadlock_warning(number, short, seen.claims, own)
+                self._log_once(f"deadlock of {number}", warning, level=logging.WARNING)
             self._clock.sleep(pause)
         raise AssertionError("The pauses never end.")
-
-    def _refuse_to_wait(self, short: Shortage, seen: Snapshot, number: int) -> Refusal | None:
-        """Return a refusal if a trial must not wait for others, None if it may."""
-        refusal = grant.refuse_never_fitting(short)
-        if refusal is None and self._running.must_not_wait(self._in_optimize_loop()):
-            refusal = grant.refuse_to_wait(short, seen.claims, number)
-        return refusal
-
-    def _warn_of_deadlock(self, short: Shortage, seen: Snapshot, number: int) -> bool:
-        warning = grant.deadlock_warning(number, short, seen.claims, self._running.asked_here())
-        if warning is not None:
-            _logger.warning(warning)
-        return warning is not None
 
     def _ask(
         self,
@@ -312,31 +300,30 @@ class Ledger:
 
     def exhausted(self, needs: Needs = lambda free, n_beside: {}) -> Refusal | None:
         """Return why nothing more can be admitted; None if something can."""
-        last = self._state.last
-        if last is not None and self._is_far_from_end(last):
+        if self._is_far_from_end(self._state.last):
             # Reading the rows costs as much as a bare `ask`. If others use that much meanwhile,
             # the next trial is refused.
             return None
         seen = self._state.read()
         used, running = self._state.with_charged(seen)
-        granted = {
-            name: sum(claim.granted.get(name, 0.0) for claim in running)
-            for name in self.quota.totals
-        }
+        totals = self.quota.totals
+        granted = {n: sum(claim.granted.get(n, 0.0) for claim in running) for n in totals}
         least = needs(seen.free(self.quota), len(running))
         return grant.refuse_exhausted(self.quota, used, {}, granted, least)
 
-    def _is_far_from_end(self, seen: Snapshot) -> bool:
+    def _is_far_from_end(self, seen: Snapshot | None) -> bool:
+        if seen is None:
+            return False
         used, _ = self._state.with_charged(seen)
         return all(
             used.get(name, 0.0) + seen.reserved.get(name, 0.0) < _FAR * total
             for name, total in self.quota.totals.items()
         )
 
-    def _log_once(self, name: str, text: str | None) -> None:
+    def _log_once(self, name: str, text: str | None, *, level: int = logging.INFO) -> None:
         if text is not None and name not in self._logged:
             self._logged.add(name)
-            _logger.info(text)
+            _logger.log(level, text)
 
     def _in_optimize_loop(self) -> bool:
         return any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
@@ -344,7 +331,7 @@ class Ledger:
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]
     ) -> Reservation:
-        now, place = self._state.now(), with_queue_place(held, requests)
+        now, place = self._state.now(), protocol.with_queue_place(held, requests)
         is_due = held.beat is None or now - held.beat > self._state.heartbeat
         if place.queued_for == held.queued_for and not is_due:
             return held
@@ -354,8 +341,8 @@ class Ledger:
 
     def _begin(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> RunningTrial:
         trial_id, start = _optuna.trial_id_of(trial), self._clock.monotonic()
-        held = with_decision(Reservation(began=self._state.now(start)), decision)
-        held = replace(held, gpu=find_gpus(decision.granted))
+        held = Reservation(began=self._state.now(start), gpu=find_gpus(decision.granted))
+        held = protocol.with_decision(held, decision)
         self._state.write(trial_id, held)
         in_optimize = self._in_optimize_loop()
         running = RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
@@ -385,7 +372,7 @@ class Ledger:
                     running.trial_id, number, held, requests, queue=False
                 )
                 if decision.action == "grant":
-                    self._change(running, with_decision(held, decision))
+                    self._change(running, protocol.with_decision(held, decision))
 
     def _change(self, running: RunningTrial, held: Reservation) -> None:
         running.reservation = replace(held, began=self._state.now(running.began))

@@ -15,27 +15,15 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna, _records
-from optuna_quota._ledger.dead_workers import (
-    close_orphan,
-    HEARTBEATS_PER_LEASE,
-    Leases,
-    OrphanedTrial,
-    usage_rates,
-)
+from optuna_quota._ledger import heartbeat, protocol
 from optuna_quota._ledger.gpus import Gpu
+from optuna_quota._ledger.heartbeat import Leases, OrphanedTrial
 from optuna_quota._ledger.protocol import (
     Claim,
-    decide,
     Decision,
-    is_alive,
-    parse_reservation,
     Reservation,
-    reservation_object,
     ResourceRequest,
-    study_stamp,
     this_worker,
-    with_claim,
-    with_decision,
     Worker,
 )
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry
@@ -94,7 +82,7 @@ class TrialRows:
     def __init__(self, study: Study) -> None:
         self.storage = _optuna.storage_of(study)
         self.study_id = _optuna.study_id_of(study)
-        self.stamp = study_stamp(study.study_name)
+        self.stamp = protocol.study_stamp(study.study_name)
         self._next = 0
         self._open: list[int] = []
         self._trials: Sequence[FrozenTrial] | None = None
@@ -146,7 +134,7 @@ class LedgerState:
         self.quota = quota
         self.ceilings = {**quota.amounts(), **{gpu.resource: gpu.memory for gpu in gpus}}
         self.clock = clock
-        self.heartbeat = lease / HEARTBEATS_PER_LEASE
+        self.heartbeat = lease / heartbeat.HEARTBEATS_PER_LEASE
         self.rows = TrialRows(study)
         self._storage = self.rows.storage
         survive_outages(self._storage)
@@ -156,7 +144,7 @@ class LedgerState:
         self._lock = threading.Lock()
         self.last: Snapshot | None = None
         self._studies = studies
-        self._leases = Leases(lease, is_alive)
+        self._leases = Leases(lease, protocol.is_alive)
         self._stale_read: float | None = None
         # The study's clock: this machine's at this moment, then as time passes here.
         self._ahead = clock.time() - clock.monotonic()
@@ -219,10 +207,10 @@ class LedgerState:
 
     def fail_orphaned(self, *orphans: OrphanedTrial) -> None:
         """Finish the rows of orphaned trials, and call the storage's callback, which may retry."""
-        now, rates = self.now(), usage_rates(self.rows.trials)
+        now, rates = self.now(), heartbeat.usage_rates(self.rows.trials)
         for orphan in orphans:
             trial_id = orphan.entry.trial_id
-            held, record = close_orphan(orphan, now, rates, lease=self._leases.lease)
+            held, record = heartbeat.close_orphan(orphan, now, rates, lease=self._leases.lease)
             # Another worker may be faster, or the silent worker may continue and finish it.
             if not self._fail(trial_id, record, held):
                 continue
@@ -264,7 +252,7 @@ class LedgerState:
 
     def _stamped(self, reservation: Reservation) -> dict[str, Any]:
         stamped = replace(reservation, study=self.rows.stamp)
-        return {_records.RESERVATION: reservation_object(stamped)}
+        return {_records.RESERVATION: protocol.reservation_object(stamped)}
 
     def take_enqueued(self, trial_id: int) -> bool:
         """Return whether an enqueued trial is this worker's alone.
@@ -277,7 +265,9 @@ class LedgerState:
         trial = storage.get_trial(trial_id)
         written = trial.system_attrs.get(key)
         # A retried trial has a copy of another one's reservation, which is parsed as None.
-        if trial.state.is_finished() or parse_reservation(written, trial_id, self.rows.stamp):
+        if trial.state.is_finished() or protocol.parse_reservation(
+            written, trial_id, self.rows.stamp
+        ):
             return False
         own = self.attribute(trial_id, Reservation())[key]
         swap = _optuna.swap_system_attr_on_sqlite
@@ -330,7 +320,7 @@ class LedgerState:
         """Return the protocol's decision by a snapshot; arguments as for :meth:`ask`."""
         machine = this_worker().machine
         me = Claim(number, machine, held.granted, held.asked, held.queued_for)
-        return decide(me, requests, seen.claims, seen.used, self.ceilings, queue=queue)
+        return protocol.decide(me, requests, seen.claims, seen.used, self.ceilings, queue=queue)
 
     def ask(
         self,
@@ -348,7 +338,7 @@ class LedgerState:
         """
         if not requests:
             return Decision("grant"), self.refresh()
-        asking = with_claim(held, requests)
+        asking = protocol.with_claim(held, requests)
         self.write(trial_id, asking)
         written = self.clock.monotonic()
         for pause in pauses():
@@ -362,7 +352,7 @@ class LedgerState:
                 self.write(trial_id, asking)
                 written = self.clock.monotonic()
         if decision.action == "withdraw":
-            self.write(trial_id, with_decision(asking, decision))
+            self.write(trial_id, protocol.with_decision(asking, decision))
         return decision, seen
 
 

@@ -26,8 +26,8 @@ from optuna_quota._enforcement.trial_result import (
     uniform_constraints,
 )
 from optuna_quota._footprint.user_given import as_footprint, by_value, from_value
-from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.heartbeat import LEASE
 from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
 from optuna_quota._projection.projection import Projection

@@ -26,10 +26,9 @@ from optuna_quota._enforcement.trial_result import (
     record_rejection,
     record_result,
 )
-from optuna_quota._ledger.dead_workers import others_run
 from optuna_quota._ledger.gpus import check_gpus_per_trial, gpus_here
 from optuna_quota._ledger.grant import left_for_trial, Refusal
-from optuna_quota._ledger.heartbeat import RunningTrial
+from optuna_quota._ledger.heartbeat import others_run, RunningTrial
 from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Meter, Verdict

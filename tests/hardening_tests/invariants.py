@@ -23,7 +23,7 @@ from optuna_quota import (
     trial_table,
     Usage,
 )
-from optuna_quota._ledger.dead_workers import LEASE
+from optuna_quota._ledger.heartbeat import LEASE
 from optuna_quota._ledger.protocol import parse_reservation, Reservation
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import read_record, RESERVATION

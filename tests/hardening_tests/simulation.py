@@ -19,7 +19,7 @@ import pytest
 
 from optuna_quota._enforcement import active_trials
 from optuna_quota._ledger import heartbeat as heartbeat_module, ledger as ledger_module, protocol
-from optuna_quota._ledger.dead_workers import LEASE
+from optuna_quota._ledger.heartbeat import LEASE
 from optuna_quota._ledger.protocol import Worker
 from optuna_quota._metering import replace_loop
 from optuna_quota._metering.monitored_tree import ThreadTime

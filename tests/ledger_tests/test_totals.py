@@ -24,7 +24,7 @@ from optuna_quota._metering import metering_loop
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import RESERVATION
 from tests.ledger_tests import workers
-from tests.ledger_tests.test_dead_workers import FakeClock
+from tests.ledger_tests.test_heartbeat import FakeClock
 from tests.ledger_tests.test_ledger import begin, reserve
 from tests.storages import Address, storage_at, study_in
 
