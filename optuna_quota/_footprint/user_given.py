@@ -116,7 +116,7 @@ class UserFootprint(BaseFootprint):
     Args:
         usage: A :class:`~optuna_quota.Usage`, or a function from params to one.
         lenient: Whether to raise :class:`UnknownFootprintError`, with one warning in the log,
-            if the function fails as it would for a missing parameter.
+            if the function fails for a point.
     """
 
     def __init__(
@@ -171,19 +171,16 @@ class UserFootprint(BaseFootprint):
         except Exception as error:
             if not self._lenient:
                 raise
-            # Errors of a function when a parameter is missing; others end the study.
-            is_missing = isinstance(error, (AttributeError, LookupError, TypeError))
+            # A parameter may be missing, as it is not suggested yet; a model of this shape may be
+            # impossible, which the objective prunes itself; a service may be down.
             warned, self._warned = self._warned, True
             message = f"`footprint` failed for the point {dict(params)!r}: {error!r}"
             message += f"{function.failed_at}."
             if not warned:
-                effect = (
-                    " Points for which it fails run without being judged by it; further failures "
-                    "are not reported."
+                _logger.warning(
+                    f"{message} Points for which it fails run without being judged by it; further "
+                    "failures are not reported."
                 )
-                _logger.warning(message + effect * is_missing)
-            if not is_missing:
-                raise
             raise UnknownFootprintError(message) from error
 
     def __repr__(self) -> str:

@@ -287,7 +287,9 @@ class CandidateFilter:
         # A completed trial has no parameters but those that it suggested.
         params = trial.params if completed else {**state.drawn, **trial.params}
         if completed or self.footprint.is_complete(params):
-            with contextlib.suppress(KeyError):
+            # What the trial used is recorded whatever a user's footprint raises; the next trial
+            # raises it as well.
+            with contextlib.suppress(Exception):
                 intervals = state.forecast.expected.intervals(params)
         if state.rejected is None:
             return None, dict(intervals), {}

@@ -149,6 +149,33 @@ def test_its_errors_end_no_study(
     assert always <= n_warnings <= conditional
 
 
+@pytest.mark.parametrize("kind", [ArithmeticError, OSError, RuntimeError, ValueError])
+def test_a_point_that_it_fails_for_runs(
+    kind: type[Exception], quota_warnings: Callable[[], list[str]]
+) -> None:
+    def footprint(params: dict[str, Any]) -> Usage:
+        if params["width"] % 2:
+            raise kind("no model has this width")
+        return Usage(memory=1e9 * params["width"])
+
+    def objective(trial: optuna.Trial) -> float:
+        width = trial.suggest_int("width", 1, 64)
+        if width % 2:
+            raise optuna.TrialPruned("no model has this width")
+        return float(width)
+
+    sampler = QuotaSampler(
+        RandomSampler(seed=1), quota=Quota(n_trials=99, wall_time="9h"), footprint=footprint
+    )
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=LIMITS))
+    study.optimize(objective, n_trials=20)
+    outcomes = [read_record(trial).outcome for trial in study.trials]
+    assert set(outcomes) == {"completed", "pruned"}
+    assert all(read_record(trial).usage.wall_time for trial in study.trials)
+    failures = [warning for warning in quota_warnings() if "`footprint` failed" in warning]
+    assert [kind.__name__ in failure for failure in failures] == [True]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_it_judges_as_soon_as_all_parameters_are_known(seed: int) -> None:
     def over(strategy: Strategy | None) -> list[int]:
@@ -253,6 +280,7 @@ def test_a_result_of_another_type_raises() -> None:
     study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=LIMITS))
     with pytest.raises(TypeError, match="must return a Usage"):
         study.optimize(flat, n_trials=15)
+    assert read_record(study.trials[0]).usage.wall_time
 
 
 def test_a_declared_space_without_all_its_parameters_ends_no_study() -> None:
