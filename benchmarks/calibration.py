@@ -28,8 +28,8 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from surfaces import measure_forests, SURFACES
 
 from optuna_quota import Limits, QuotaPruner, QuotaSampler
+from optuna_quota._analysis.study_trials import StudyTrials
 from optuna_quota.testing import fake_metering
-from optuna_quota.visualization._data import StudyTrials
 from optuna_quota.visualization._footprint import judged_trials, JudgedTrial
 
 

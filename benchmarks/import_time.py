@@ -24,7 +24,7 @@ KINDS = {
     "… and its Limits, Quota": "from optuna_quota import Limits, Quota",
     "… and its sampler, pruner": "from optuna_quota import QuotaPruner, QuotaSampler",
     "… and analyze": "from optuna_quota import analyze",
-    "optuna-quota --help": "from optuna_quota.cli.main import build_parser; "
+    "optuna-quota --help": "from optuna_quota.cli import build_parser; "
     "build_parser().format_help()",
 }
 

@@ -1,9 +1,10 @@
-"""HTML elements and tables."""
+"""HTML elements, sentences and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 import html
+import re
 
 
 class Safe(str):
@@ -12,7 +13,7 @@ class Safe(str):
     __slots__ = ()
 
 
-def element(tag: str, *children: str, **attributes: str) -> Safe:
+def element(tag: str, *children: str, **attributes: object) -> Safe:
     """Return an element; the underscore at the end of ``class_`` and the like is dropped.
 
     Args:
@@ -21,11 +22,19 @@ def element(tag: str, *children: str, **attributes: str) -> Safe:
         attributes: Its attributes; values are escaped.
     """
     shown = "".join(
-        f' {name.strip("_").replace("_", "-")}="{html.escape(value)}"'
+        f' {name.strip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for name, value in attributes.items()
     )
     inner = "".join(c if isinstance(c, Safe) else html.escape(c) for c in children)
     return Safe(f"<{tag}{shown}>{inner}</{tag}>")
+
+
+def prose(text: str) -> Safe:
+    """Return a sentence with what stands between backticks as code."""
+    parts = re.split("`([^`]+)`", text)
+    return Safe(
+        "".join(element("code", p) if i % 2 else html.escape(p) for i, p in enumerate(parts))
+    )
 
 
 def table(

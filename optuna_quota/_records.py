@@ -41,18 +41,20 @@ unknown (None): it raises no error and is never executed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 import math
-from typing import Any, cast, Literal
+from typing import Any, get_args, Literal
 
 from optuna.storages import BaseStorage
+from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._resources import get_resource, Isolation, Outcome, OUTCOMES
 from optuna_quota._storage_retry import is_transient, retry
+from optuna_quota._units import as_float, is_number
 from optuna_quota._usage import Breach, Usage, usage_from_amounts
 
 
@@ -89,27 +91,14 @@ STUDY_PUBLISHED = PREFIX + "published"
 # a longer one would make it refuse everything that is written together with it.
 MAX_REASON_LENGTH = 4000
 
-_NOT_METERS = {
-    key.removeprefix(PREFIX)
-    for key in (
-        OUTCOME,
-        REASON,
-        BREACH,
-        FOOTPRINT,
-        ISOLATION,
-        HOST,
-        TIMELINE,
-        BREACH_TIMELINE,
-        PROPOSED,
-        GPU_SOURCE,
-        RETRY_OF,
-        CHECKPOINT,
-    )
-}
+_TEXTS = (OUTCOME, REASON, ISOLATION, HOST, GPU_SOURCE)
+_TIMELINES = (TIMELINE, BREACH_TIMELINE)
+_OTHERS = (BREACH, FOOTPRINT, *_TIMELINES, PROPOSED, RETRY_OF, CHECKPOINT)
+_NOT_METERS = {key.removeprefix(PREFIX) for key in (*_TEXTS, *_OTHERS)}
 # Columns of the trial table that are not attributes of ours, and how families of them begin.
 _COLUMNS = {"number", "state", "value", "censored_by"}
 _FAMILIES = ("values_", "params_", "footprint_", "breach_")
-_ISOLATIONS = ("process", "thread", "shared")
+_BREACH_FLAGS = ("quota", "forecast", "refused")
 _GPU_SOURCES = ("process", "device", "framework")
 Evidence = Literal["value", "lower bound", "partial", "partial peak"]
 _OUTCOME_OF_STATE: Mapping[str, Outcome] = {
@@ -241,17 +230,10 @@ def record_attributes(record: TrialRecord) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         PREFIX + name: plain_number(value) for name, value in record.usage.amounts().items()
     }
-    reason = record.reason
-    if reason is not None and len(reason) > MAX_REASON_LENGTH:
-        reason = f"{reason[:MAX_REASON_LENGTH]}…"
-    texts = {
-        OUTCOME: record.outcome,
-        REASON: reason,
-        ISOLATION: record.isolation,
-        HOST: record.host,
-        GPU_SOURCE: record.gpu_source,
-    }
+    texts = {key: getattr(record, key.removeprefix(PREFIX)) for key in _TEXTS}
     attributes.update({key: value for key, value in texts.items() if value is not None})
+    if len(attributes.get(REASON, "")) > MAX_REASON_LENGTH:
+        attributes[REASON] = f"{attributes[REASON][:MAX_REASON_LENGTH]}…"
     if record.breach is not None:
         attributes[BREACH] = _breach_object(record.breach)
     if record.footprint:
@@ -277,10 +259,14 @@ def system_attributes(record: TrialRecord) -> dict[str, Any]:
 
 def read_record(trial: FrozenTrial) -> TrialRecord:
     """Return the record in a row, without malformed values."""
-    timelines = (_read_timeline(trial.system_attrs.get(n)) for n in (TIMELINE, BREACH_TIMELINE))
-    timeline, breach_timeline = timelines
-    record = parse_record(trial.user_attrs)
-    return replace(record, timeline=timeline, breach_timeline=breach_timeline)
+    line, breach_line = (_read_timeline(trial.system_attrs.get(k)) for k in _TIMELINES)
+    return replace(parse_record(trial.user_attrs), timeline=line, breach_timeline=breach_line)
+
+
+def read_finished(study: Study) -> tuple[list[FrozenTrial], list[TrialRecord]]:
+    """Return the finished trials of a study, and their records."""
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    return trials, [read_record(trial) for trial in trials]
 
 
 def read_constrained(trial: FrozenTrial) -> list[str]:
@@ -294,18 +280,21 @@ def is_rejected(attributes: Mapping[str, Any]) -> bool:
 
 def parse_record(attributes: Mapping[str, Any]) -> TrialRecord:
     """Return the record in user attributes, without timelines and malformed values."""
-    outcome = attributes.get(OUTCOME)
-    isolation = attributes.get(ISOLATION)
-    gpu_source = attributes.get(GPU_SOURCE)
+
+    def text(key: str, known: Sequence[str] | None = None) -> Any:
+        value = attributes.get(key)
+        valid = isinstance(value, str) and (known is None or value in known)
+        return value if valid else None
+
     return TrialRecord(
         usage=_read_usage(attributes),
-        outcome=cast("Outcome", outcome) if outcome in OUTCOMES else None,
-        reason=_text(attributes.get(REASON)),
+        outcome=text(OUTCOME, OUTCOMES),
+        reason=text(REASON),
         breach=_read_breach(attributes.get(BREACH)),
         footprint=_read_footprint(attributes.get(FOOTPRINT)),
-        isolation=cast("Isolation", isolation) if isolation in _ISOLATIONS else None,
-        host=_text(attributes.get(HOST)),
-        gpu_source=gpu_source if gpu_source in _GPU_SOURCES else None,
+        isolation=text(ISOLATION, get_args(Isolation)),
+        host=text(HOST),
+        gpu_source=text(GPU_SOURCE, _GPU_SOURCES),
     )
 
 
@@ -354,67 +343,51 @@ def plain_number(value: float) -> int | float:
 
 def number(value: Any) -> float | None:
     """Return a nonnegative finite number, None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        plain = float(value)
-    except OverflowError:
-        return None
-    return plain if math.isfinite(plain) and plain >= 0 else None
+    plain = as_float(value) if is_number(value) else -1.0
+    return plain if 0 <= plain < math.inf else None
+
+
+def _numbers(values: Iterable[Any]) -> list[Any]:
+    """Return nonnegative finite numbers, none where any value is something else."""
+    found = [number(value) for value in values]
+    known = [value for value in found if value is not None]
+    return known if len(known) == len(found) else []
 
 
 def _breach_object(breach: Breach) -> dict[str, Any]:
-    flags = {"quota": breach.quota, "forecast": breach.forecast, "refused": breach.refused}
     return {
         "resource": breach.resource,
         "limit": plain_number(breach.limit),
         "observed": plain_number(breach.observed),
         "seconds": round(breach.seconds, 3),
-        **{name: True for name, flag in flags.items() if flag},
+        **{name: True for name in _BREACH_FLAGS if getattr(breach, name)},
     }
 
 
 def _read_usage(attributes: Mapping[str, Any]) -> Usage:
-    amounts: dict[str, float] = {}
-    for key, value in attributes.items():
-        name = key.removeprefix(PREFIX) if key.startswith(PREFIX) else ""
-        amount = number(value)
-        if name.isidentifier() and name not in _NOT_METERS and amount is not None:
-            amounts[name] = amount
-    return usage_from_amounts(amounts)
+    ours = ((k.removeprefix(PREFIX), v) for k, v in attributes.items() if k.startswith(PREFIX))
+    found = ((n, number(v)) for n, v in ours if n.isidentifier() and n not in _NOT_METERS)
+    return usage_from_amounts({name: amount for name, amount in found if amount is not None})
 
 
 def _read_breach(value: Any) -> Breach | None:
     if not isinstance(value, Mapping) or not isinstance(value.get("resource"), str):
         return None
-    limit, observed, seconds = (number(value.get(n)) for n in ("limit", "observed", "seconds"))
-    if limit is None or observed is None or seconds is None:
-        return None
-    flags = {name: value.get(name) is True for name in ("quota", "forecast", "refused")}
-    return Breach(value["resource"], limit, observed, seconds, **flags)
+    figures = _numbers(value.get(name) for name in ("limit", "observed", "seconds"))
+    flags = (value.get(name) is True for name in _BREACH_FLAGS)
+    return Breach(value["resource"], *figures, *flags) if figures else None
 
 
 def _read_footprint(value: Any) -> dict[str, Interval]:
     footprint: dict[str, Interval] = {}
     for name, bounds in value.items() if isinstance(value, Mapping) else ():
-        if not isinstance(name, str) or not isinstance(bounds, Mapping):
-            continue
-        lower, median, upper = (number(bounds.get(k)) for k in ("lower", "median", "upper"))
-        if lower is not None and median is not None and upper is not None:
-            footprint[name] = Interval(lower, median, upper)
+        bounds = bounds if isinstance(name, str) and isinstance(bounds, Mapping) else {}
+        if figures := _numbers(bounds.get(key) for key in ("lower", "median", "upper")):
+            footprint[name] = Interval(*figures)
     return footprint
 
 
 def _read_timeline(value: Any) -> tuple[tuple[float, float], ...]:
-    points = []
-    for pair in value if isinstance(value, list) else ():
-        if not isinstance(pair, list) or len(pair) != 2:
-            continue
-        seconds, amount = number(pair[0]), number(pair[1])
-        if seconds is not None and amount is not None:
-            points.append((seconds, amount))
-    return tuple(points)
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    pairs = value if isinstance(value, list) else []
+    found = (_numbers(pair) for pair in pairs if isinstance(pair, list) and len(pair) == 2)
+    return tuple((pair[0], pair[1]) for pair in found if pair)

@@ -10,9 +10,7 @@ from typing import Any
 from optuna.study import Study
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
-from optuna_quota._analysis.summary import summarize
 from optuna_quota._table import check_study
-from optuna_quota._utilization.data import study_data
 
 
 _logger = logging.getLogger("optuna.quota.dashboard")
@@ -83,7 +81,9 @@ class UtilizationReport(StudyAnalysis):
 
     def summary(self) -> str:
         """Return the report as text for a terminal."""
-        return summarize(self)
+        from optuna_quota.visualization._report_text import ReportText
+
+        return ReportText(self).summary()
 
     def __repr__(self) -> str:
         return f"<UtilizationReport of {self.study.study_name!r}, {len(self.table)} trials>"
@@ -116,4 +116,4 @@ def analyze(study: Study, *, user_attrs: Sequence[str] = ()) -> UtilizationRepor
     check_study(study)
     if isinstance(user_attrs, str) or not all(isinstance(name, str) for name in user_attrs):
         raise TypeError(f"`user_attrs` must be a sequence of names but got {user_attrs!r}.")
-    return UtilizationReport(study, study_data(study, user_attrs))
+    return UtilizationReport(study, user_attrs)

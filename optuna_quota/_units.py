@@ -147,8 +147,13 @@ class _Number(Unit):
 class _Count(_Number):
     def parse(self, value: Any, name: str, *, zero: bool = False) -> int:
         """Return a positive whole number."""
-        check_number(value, name, self.rule, lambda n: n >= 1 and _as_float(n).is_integer())
-        return int(_as_float(value))
+        check_number(value, name, self.rule, lambda n: n >= 1 and as_float(n).is_integer())
+        return int(as_float(value))
+
+    def format(self, value: float) -> str:
+        """Return a count as in sentences, such as ``"2,000"``."""
+        text = format_number(value)
+        return f"{int(text):,}" if text.isdecimal() else text
 
     def compact(self, value: float) -> int:
         return int(value)
@@ -192,11 +197,15 @@ format_bytes = BYTES.format
 format_seconds = SECONDS.format
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_bare_sizes(**sizes: Any) -> None:
     """Raise ValueError for a bare number that is too small to be meant in bytes."""
     for name, value in sizes.items():
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if is_number and 0 < value < _SMALLEST:
+        if is_number(value) and 0 < value < _SMALLEST:
             unit = "GiB" if value < 1024 else "MiB" if value < 100_000 else "KiB"
             raise ValueError(
                 f"`{name}` must be a size in bytes or a string with its unit but got {value!r}, "
@@ -263,7 +272,7 @@ def check_number(
 ) -> None:
     """Raise TypeError unless a value is a number, ValueError unless it is a valid one."""
     message = f"`{name}` must be {rule} but got {value!r}."
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(message)
     if is_valid is not None and not is_valid(value):
         raise ValueError(message)
@@ -274,16 +283,17 @@ def check_confidence(value: Any) -> None:
     check_number(value, "confidence", "above 0.5 and below 1", lambda c: 0.5 < c < 1)
 
 
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
+    """Return a number as a float, infinity for a whole one with more digits than fit."""
     try:
         return float(value)
-    except OverflowError:  # a whole number with more digits than fit
+    except OverflowError:
         return math.inf
 
 
 def _checked(value: Any, name: str, rule: str, given: object, *, zero: bool) -> float:
     check_number(value, name, rule)
-    number = _as_float(value)
+    number = as_float(value)
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         sign = "nonnegative" if zero else "positive"
         raise ValueError(f"`{name}` must be {sign} and finite: {rule}, but got {given!r}.")

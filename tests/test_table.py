@@ -13,14 +13,14 @@ from optuna.trial import create_trial, TrialState
 import pytest
 
 from optuna_quota import Quota, trial_table, Usage
-from optuna_quota._analysis.replay import trial_traces
+from optuna_quota._analysis.replay import traces_of
+from optuna_quota._analysis.study_trials import StudyTrials
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._ledger.totals import read_entry
-from optuna_quota._records import Interval, record_attributes, TrialRecord
+from optuna_quota._records import Interval, read_finished, record_attributes, TrialRecord
 from optuna_quota._resources import Outcome
 from optuna_quota._usage import Breach
 from optuna_quota._utilization.data import study_data
-from optuna_quota.visualization._data import StudyTrials
 
 
 SPACE = {"width": IntDistribution(1, 4096, log=True), "dropout": FloatDistribution(0.0, 1.0)}
@@ -135,7 +135,7 @@ def test_all_agree_on_the_wall_time_of_a_trial_of_plain_optuna(
     observation = read_observation(trial)
     found = {
         "table": in_table,
-        "replay": trial_traces(study)[0].amounts.get("wall_time"),
+        "replay": traces_of(*read_finished(study))[0].amounts.get("wall_time"),
         "plots": StudyTrials(study).finished[0].amounts.get("wall_time"),
         "footprint": observation and observation.usage.wall_time,
         "ledger": read_entry(trial, 0, Quota(trial_time=1)).charges.get("trial_time"),
@@ -158,7 +158,7 @@ def test_all_agree_on_the_memory_of_a_trial_that_was_to_breach_its_limit(
     observation = read_observation(study.trials[0])
     found = {
         "models": study_data(study).amounts("memory")[0],
-        "replay": trial_traces(study)[0].amounts["memory"],
+        "replay": traces_of(*read_finished(study))[0].amounts["memory"],
         "footprint": observation and observation.usage.memory,
     }
 

@@ -203,6 +203,8 @@ def test_format_joules_and_numbers() -> None:
     assert _units.format_number(1234.5) == "1234"  # banker's: half to even
     assert _units.format_number(0.01234) == "0.0123"
     assert _units.format_number(float("inf")) == "inf"
+    assert _units.COUNT.format(2000) == "2,000"
+    assert _units.COUNT.format(2.5) == "2.5" and _units.COUNT.format(1e20) == "1e+20"
 
 
 @given(st.floats(min_value=1e-3, max_value=1e18))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 import math
@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from optuna.study import Study
 
-from optuna_quota._analysis.replay import TrialTrace
+from optuna_quota._analysis.replay import traces_of, TrialTrace
 from optuna_quota._limits import Limits
 from optuna_quota._resources import format_amount, get_resource, HELD_RESOURCES, OUTCOMES
 from optuna_quota._table import DataFrame
-from optuna_quota._utilization.data import StudyData
+from optuna_quota._utilization.data import best_numbers, is_feasible, loss_signs, StudyData
 
 
 # A trial counts as near the best within this share of the best value.
@@ -62,16 +63,34 @@ class Advice:
 class StudyFacts:
     """The data behind advice; arrays have the shape ``(n_trials,)``."""
 
+    study: Study
     data: StudyData  # the finished trials as arrays
-    traces: Sequence[TrialTrace]  # the trials that ran, in the order of their starts
     quota: Mapping[str, float]  # the study's, by resource, in SI base units
-    best: Sequence[int]  # number of the best trial, or those of the Pareto front
-    feasible: NDArray[np.bool_]  # which trials violate no constraint and have finite values
-    sign: float  # 1 where the first objective is minimized, -1 where it is maximized
 
     @property
     def table(self) -> DataFrame:
         return self.data.table
+
+    @property
+    def sign(self) -> float:
+        """1 where the first objective is minimized, -1 where it is maximized."""
+        return float(loss_signs(self.study)[0])
+
+    @cached_property
+    def traces(self) -> list[TrialTrace]:
+        """The trials that ran, in the order of their starts."""
+        return traces_of(self.data.trials, self.data.records)
+
+    @cached_property
+    def best(self) -> list[int]:
+        """Number of the best completed trial, or those of the Pareto front."""
+        return best_numbers(self.study, self.data.trials)
+
+    @cached_property
+    def feasible(self) -> NDArray[np.bool_]:
+        """Which trials violate no constraint and have finite values."""
+        found = (bool(t.values) and is_feasible(t) for t in self.data.trials)
+        return np.fromiter(found, dtype=bool)
 
     @cached_property
     def completed(self) -> NDArray[np.bool_]:
@@ -123,12 +142,9 @@ def advise(facts: StudyFacts) -> list[Advice]:
 
 
 def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
-    known = {name: facts.table[name][facts.completed].dropna() for name in _REQUESTED}
-    maxima = {
-        name: float(values.max())
-        for name, values in known.items()
-        if len(values) >= _MIN_COMPLETED and values.max() > 0
-    }
+    known = facts.table.loc[facts.completed, list(_REQUESTED)]
+    greatest = known.max()[(known.count() >= _MIN_COMPLETED) & (known.max() > 0)]
+    maxima = {str(name): float(amount) for name, amount in greatest.items()}
     if not maxima:
         return
     enough = {name: _rounded_up(name, _MARGIN * amount) for name, amount in maxima.items()}
@@ -137,9 +153,8 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
     if len(busy) >= _MIN_COMPLETED:
         # As many cores as 95% of the trials kept busy.
         enough["cpu_cores"] = float(max(1, math.ceil(float(np.quantile(busy, 0.95)) - 0.05)))
-    n_completed = int(facts.completed.sum())
-    n_known = int(facts.table[list(maxima)][facts.completed].notna().all(axis=1).sum())
-    share_held = _share_held(n_known, len(maxima))
+    n_completed = len(known)
+    share_held = _share_held(len(known[list(maxima)].dropna()), len(maxima))
     holds = (
         f"Holds for at least {math.floor(100 * share_held)}% of further trials like the completed "
         "ones (95% confidence)."
@@ -164,12 +179,8 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
             "enough": enough,
             "share_held": share_held,
         },
-        {
-            # With the share as a comment, which is pasted along with the snippet.
-            kind: f"{lines}\n# {holds}"
-            for kind, lines in (("kubernetes", _kubernetes(enough)), ("sbatch", _sbatch(enough)))
-            if lines
-        },
+        # With the share as a comment, which is pasted along with the snippet.
+        {kind: f"{lines}\n# {holds}" for kind, lines in _snippets(enough).items() if lines},
     )
 
 
@@ -201,35 +212,33 @@ def _whole_mebibytes(amount: float) -> int:
     return -(-count // step) * step
 
 
-def _kubernetes(enough: Mapping[str, float]) -> str:
-    """Resources of a container that runs one trial at a time; empty where only time is known."""
-    if enough.keys() <= {"wall_time"}:
-        return ""
-    lines = ["resources:", "  requests:"]
-    if "cpu_cores" in enough:
-        lines.append(f'    cpu: "{enough["cpu_cores"]:.0f}"')
-    limits = []
-    if "memory" in enough:
-        limits.append(f"    memory: {_whole_mebibytes(enough['memory'])}Mi")
-        lines += limits
-    if "gpu_memory" in enough:
-        limits.append("    nvidia.com/gpu: 1")
-    return "\n".join([*lines, *(["  limits:", *limits] if limits else [])])
+def _snippets(enough: Mapping[str, float]) -> dict[str, str]:
+    """Requests for one trial at a time: a container's resources, a batch job's options.
 
-
-def _sbatch(enough: Mapping[str, float]) -> str:
-    """Options of a job that runs one trial at a time; ``--time`` is that of one trial."""
-    options = []
+    A container has no limit on time, so its resources are empty where only that is known.
+    """
+    requests, limits, options = [], [], []
     if "memory" in enough:
-        options.append(f"--mem={_whole_mebibytes(enough['memory'])}M")
+        mebibytes = _whole_mebibytes(enough["memory"])
+        limits.append(f"    memory: {mebibytes}Mi")
+        requests += limits
+        options.append(f"--mem={mebibytes}M")
     if "cpu_cores" in enough:
+        requests.insert(0, f'    cpu: "{enough["cpu_cores"]:.0f}"')
         options.append(f"--cpus-per-task={enough['cpu_cores']:.0f}")
     if "gpu_memory" in enough:
+        limits.append("    nvidia.com/gpu: 1")
         options.append("--gres=gpu:1")
     if "wall_time" in enough:
         minutes = max(1, math.ceil(enough["wall_time"] / 60))
         options.append(f"--time={minutes // 60:02d}:{minutes % 60:02d}:00")
-    return f"#SBATCH {' '.join(options)}"
+    limits = ["  limits:", *limits] if limits else []
+    container = ["resources:", "  requests:", *requests, *limits]
+    is_timed_alone = enough.keys() <= {"wall_time"}
+    return {
+        "kubernetes": "" if is_timed_alone else "\n".join(container),
+        "sbatch": f"#SBATCH {' '.join(options)}",
+    }
 
 
 def _advise_jobs(facts: StudyFacts) -> Iterator[Advice]:

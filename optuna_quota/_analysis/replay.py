@@ -14,7 +14,6 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from optuna_quota import _records
-from optuna_quota._analysis.pareto import best_numbers
 from optuna_quota._ledger.totals import LONGEST_GAP
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering.breach import is_breach, quota_bound
@@ -22,6 +21,7 @@ from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resour
 from optuna_quota._table import check_study, DataFrame, usage_at_least
 from optuna_quota._units import counted, wrap
 from optuna_quota._usage import Breach
+from optuna_quota._utilization.data import best_numbers
 
 
 ReplayOutcome = Literal["kept", "terminated", "not run"]
@@ -69,16 +69,10 @@ class TrialTrace:
         return replace(self, seconds=0.0, amounts={}, replayed="not run", by=by, scope="quota")
 
 
-def trial_traces(study: Study) -> list[TrialTrace]:
-    """Return a trace of each trial that ran, in the order of their starts."""
-    trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    return traces_of(trials, [_records.read_record(t) for t in trials])
-
-
 def traces_of(
     trials: Sequence[FrozenTrial], records: Sequence[_records.TrialRecord]
 ) -> list[TrialTrace]:
-    """Return the traces of finished trials given with their records."""
+    """Return a trace of each finished trial that ran, in the order of their starts."""
     first = min((t.datetime_start for t in trials if t.datetime_start), default=None)
     traces, dates_fit = [], True
     for trial, record in zip(trials, records, strict=True):
@@ -230,7 +224,7 @@ class ReplayReport:
         self._study = study
         self.quota = quota
         self.limits = limits
-        self._before = trial_traces(study)
+        self._before = traces_of(*_records.read_finished(study))
         after = [apply_limits(t, limits.amounts()) if limits else t for t in self._before]
         self._after, end, self.ended_by = (
             apply_quota(after, quota) if quota else (after, math.inf, None)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 
 from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
-from optuna_quota._analysis.cost_drivers import log_draws
+from optuna_quota._analysis.drivers import log_draws
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.numerics import product
 from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel

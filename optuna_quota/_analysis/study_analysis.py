@@ -19,22 +19,20 @@ from optuna.study import Study
 
 from optuna_quota import _records
 from optuna_quota._analysis.advice import Advice, advise, StudyFacts
-from optuna_quota._analysis.correlations import claims, correlations
-from optuna_quota._analysis.cost_drivers import cost_drivers, Driver
-from optuna_quota._analysis.pareto import best_numbers, cost_front, is_feasible, loss_signs
-from optuna_quota._analysis.replay import traces_of
+from optuna_quota._analysis.drivers import claims, correlations, cost_drivers, Driver
 from optuna_quota._analysis.search_space_advice import (
     advise_search_space,
     cheaper_space,
     CheaperSpace,
     objective_model,
 )
+from optuna_quota._analysis.study_trials import StudyTrials
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation, observation_of
 from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import get_resource
 from optuna_quota._table import DataFrame
-from optuna_quota._utilization.data import StudyData
+from optuna_quota._utilization.data import cost_front, study_data
 from optuna_quota._utilization.fit import derivatives_at, leverage, without_numeric_warnings
 from optuna_quota._utilization.model import fit_utilization_models, UtilizationModel
 
@@ -59,20 +57,26 @@ class PredictionError:
     is_wrong: bool  # whether the formula is no law of this resource
 
 
+def trials_of(study: Study | StudyAnalysis) -> StudyTrials:
+    """Return the finished trials as of now, or as of an analysis."""
+    return study.trials if isinstance(study, StudyAnalysis) else StudyTrials(study)
+
+
 class StudyAnalysis:
     """Correlations, models and advice of a study; :class:`UtilizationReport` shows them.
 
     Args:
         study: The study.
-        data: Its finished trials as arrays.
+        user_attrs: Names of trial user attributes to analyze beside the hyperparameters.
     """
 
-    def __init__(self, study: Study, data: StudyData) -> None:
+    def __init__(self, study: Study, user_attrs: Sequence[str] = ()) -> None:
         self.study = study
-        self.data = data
+        self.data = study_data(study, user_attrs)
         attributes = study.user_attrs
         self.quota = _records.read_amounts(attributes.get(_records.STUDY_QUOTA))
         self.limits = _records.read_amounts(attributes.get(_records.STUDY_LIMITS))
+        self._facts = StudyFacts(study, self.data, self.quota)
 
     @property
     def table(self) -> DataFrame:
@@ -165,33 +169,62 @@ class StudyAnalysis:
     @property
     def formulas(self) -> dict[str, str]:
         """The formula of each resource, or a sentence that it follows no power law."""
-        wrong = {name for name, error in self.prediction_errors.items() if error.is_wrong}
         return {
-            name: _no_law(name, self.prediction_errors[name]) if name in wrong else model.formula
+            name: model.formula if self.follows_law(name) else self._no_law(name)
             for name, model in self.models.items()
         }
 
+    def follows_law(self, resource: str) -> bool:
+        """Return whether a resource follows its formula, as far as the trials show."""
+        error = self.prediction_errors.get(resource)
+        return error is None or not error.is_wrong
+
+    def _no_law(self, resource: str) -> str:
+        error = self.prediction_errors[resource]
+        return (
+            f"{resource} follows no floor plus power law: the leave-one-out error of the formula "
+            f"is {error.formula:.1%}, that of the footprint {error.footprint:.1%}. Use "
+            "`report.footprint.predict(params)`."
+        )
+
     def model_warnings(self, resource: str) -> list[str]:
         """Return the warnings about a formula; none if it is not shown."""
-        error, model = self.prediction_errors.get(resource), self.models[resource]
-        if error is not None and error.is_wrong:
+        model = self.models[resource]
+        if not self.follows_law(resource):
             return []
         correlated = [r["param"] for r in claims(self.correlations) if r["resource"] == resource]
-        left_out = [p for p in correlated if not _is_named(p, model.formula)]
+        left_out = [
+            p for p in correlated if not re.search(rf"(?<!\w){re.escape(p)}(?!\w)", model.formula)
+        ]
+        title = get_resource(resource).title
         if left_out and not model.has_clear_term:
-            return [*model.diagnostics, _no_clear_term(left_out, resource)]
-        return [*model.diagnostics, *(_not_in_formula(p, resource) for p in left_out)]
+            verb = "correlates" if len(left_out) == 1 else "correlate"
+            unclear = (
+                f"{', '.join(left_out)} {verb} with the {title}, but which term has the effect is "
+                "not clear yet: run more trials, or use `report.footprint.predict(params)`."
+            )
+            return [*model.diagnostics, unclear]
+        omitted = (
+            f"{param} correlates with the {title} too, but has no significant effect beside the "
+            "other terms, so the formula omits it."
+            for param in left_out
+        )
+        return [*model.diagnostics, *omitted]
 
     @cached_property
+    def trials(self) -> StudyTrials:
+        """The finished trials as plots and texts show them."""
+        return StudyTrials(self.study, (self.data.trials, self.data.records))
+
+    @property
     def best(self) -> list[int]:
         """Number of the best completed trial, or those of the Pareto front."""
-        return best_numbers(self.study, self.data.trials)
+        return self._facts.best
 
-    @cached_property
+    @property
     def feasible(self) -> NDArray[np.bool_]:
         """Which trials violate no constraint and have finite values, shape ``(n_trials,)``."""
-        found = (bool(t.values) and is_feasible(t) for t in self.data.trials)
-        return np.fromiter(found, dtype=bool)
+        return self._facts.feasible
 
     @cached_property
     def cheaper_space(self) -> CheaperSpace | None:
@@ -214,14 +247,12 @@ class StudyAnalysis:
         facts = self._facts
         if facts.cost is None or facts.values is None:
             return None
-        kept = facts.completed & facts.feasible
-        found = self.table.loc[kept, ["number", "value", facts.cost]].dropna()
-        costs, losses = (
-            found[facts.cost].to_numpy(float),
-            facts.sign * found["value"].to_numpy(float),
-        )
-        front: DataFrame = found.iloc[cost_front(costs, losses)].reset_index(drop=True)
-        return front
+        columns = ["number", "value", facts.cost]
+        found = self.table.loc[facts.completed & facts.feasible, columns].dropna()
+        _, values, costs = found.to_numpy(dtype=float).T
+        front = found.iloc[cost_front(costs, facts.sign * values)]
+        table: DataFrame = front.reset_index(drop=True)
+        return table
 
     @cached_property
     def advice(self) -> list[Advice]:
@@ -233,17 +264,6 @@ class StudyAnalysis:
     def _objective(self) -> ResourceModel | None:
         with without_numeric_warnings():
             return objective_model(self._facts, self.footprint)
-
-    @cached_property
-    def _facts(self) -> StudyFacts:
-        return StudyFacts(
-            self.data,
-            traces_of(self.data.trials, self.data.records),
-            self.quota,
-            self.best,
-            self.feasible,
-            float(loss_signs(self.study)[0]),
-        )
 
 
 def _formula_errors(model: UtilizationModel) -> dict[int, float]:
@@ -270,30 +290,3 @@ def _footprint_errors(
         for row, error, cut in zip(rows, errors, censored, strict=True)
         if not cut
     }
-
-
-def _is_named(param: str, formula: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(param)}(?!\w)", formula) is not None
-
-
-def _not_in_formula(param: str, resource: str) -> str:
-    return (
-        f"{param} correlates with the {get_resource(resource).title} too, but has no significant "
-        "effect beside the other terms, so the formula omits it."
-    )
-
-
-def _no_clear_term(params: Sequence[str], resource: str) -> str:
-    verb = "correlates" if len(params) == 1 else "correlate"
-    return (
-        f"{', '.join(params)} {verb} with the {get_resource(resource).title}, but which term has "
-        "the effect is not clear yet: run more trials, or use `report.footprint.predict(params)`."
-    )
-
-
-def _no_law(resource: str, error: PredictionError) -> str:
-    return (
-        f"{resource} follows no floor plus power law: the leave-one-out error of the formula is "
-        f"{error.formula:.1%}, that of the footprint {error.footprint:.1%}. Use "
-        "`report.footprint.predict(params)`."
-    )

@@ -1,4 +1,4 @@
-"""The finished trials of a study as arrays, for models and correlations."""
+"""The finished trials of a study as arrays, for models and correlations, and the best of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from optuna_quota import _records
+from optuna_quota import _optuna, _records
 from optuna_quota._resources import USAGE_RESOURCES
 from optuna_quota._table import DataFrame, table_of, usage_at_least
+from optuna_quota._units import is_number
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
     Raises:
         ValueError: If a user attribute has the name of a hyperparameter.
     """
-    trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    records = [_records.read_record(trial) for trial in trials]
+    trials, records = _records.read_finished(study)
     table = table_of(trials, records, len(study.directions))
     own = dict.fromkeys(name for r in records for name in r.usage.custom)
     meters = [*USAGE_RESOURCES, *(name for name in own if table[name].dtype == float)]
@@ -129,7 +129,7 @@ def _parameters(trials: Sequence[FrozenTrial]) -> Iterable[Parameter]:
         known = [name in t.params for t in trials]
         choices = [choice for d in distributions for choice in getattr(d, "choices", ())]
         # An infinite choice is no number to a model, but the parameter is set.
-        if all(_is_number(c) and math.isfinite(c) for c in choices):
+        if all(is_number(c) and math.isfinite(c) for c in choices):
             yield _number(name, values, known)
         else:
             yield _category(name, values, known, choices)
@@ -144,7 +144,7 @@ def _attributes(trials: Sequence[FrozenTrial], names: Sequence[str]) -> Iterable
             )
         values = [t.user_attrs.get(name) for t in trials]
         known = [isinstance(v, (int, float, str)) for v in values]
-        if all(_is_number(v) for v, k in zip(values, known, strict=True) if k):
+        if all(is_number(v) for v, k in zip(values, known, strict=True) if k):
             yield _number(name, values, known)
         else:
             yield _category(name, values, known, ())
@@ -166,10 +166,6 @@ def _category(
     code = {level: float(i) for i, level in enumerate(levels)}
     codes = np.array([math.nan if t is None else code[t] for t in texts], dtype=float)
     return Parameter(name, codes, levels)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _has_all_parameters(trials: Sequence[FrozenTrial]) -> NDArray[np.bool_]:
@@ -203,3 +199,51 @@ def _branch(parameter: Parameter, others: Sequence[Parameter], whole: NDArray[np
         if np.array_equal(np.isin(codes, chosen), active):
             return f"{other.name}={'|'.join(other.levels[int(code)] for code in chosen)}"
     return "where set"
+
+
+def best_numbers(study: Study, trials: Iterable[FrozenTrial]) -> list[int]:
+    """Return the number of the best completed one of a study's trials, or the Pareto front's.
+
+    Trials that violate a constraint or have a value that is not finite are left out.
+    """
+    completed = [t for t in trials if t.state.name == "COMPLETE" and is_feasible(t)]
+    if not completed:
+        return []
+    losses = np.array([t.values for t in completed], dtype=float) * loss_signs(study)
+    return [completed[i].number for i in pareto_front(losses)]
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Return whether a trial violates no constraint and all its values are finite."""
+    finite = all(math.isfinite(v) for v in trial.values or ())
+    return finite and all(v <= 0 for v in _optuna.constraints_of(trial).values())
+
+
+def loss_signs(study: Study) -> NDArray[np.float64]:
+    """Return 1 for each objective to minimize and -1 for each to maximize."""
+    return np.array([-1.0 if d.name == "MAXIMIZE" else 1.0 for d in study.directions])
+
+
+def pareto_front(losses: NDArray[np.float64]) -> list[int]:
+    """Return the rows of losses, shape ``(n, n_objectives)``, that no other row dominates.
+
+    Of a single column, that is the first minimum.
+    """
+    if losses.shape[1] == 1:
+        return [int(losses[:, 0].argmin())]
+    kept: list[int] = []
+    for i in np.lexsort(losses.T[::-1]):
+        better = (losses[kept] <= losses[i]).all(axis=1) & (losses[kept] < losses[i]).any(axis=1)
+        if not better.any():
+            kept.append(int(i))
+    return sorted(kept)
+
+
+def cost_front(costs: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the indices of the Pareto front of cost and loss, cheapest first.
+
+    Of equal points, the first is on the front.
+    """
+    order = np.lexsort([losses, costs])
+    best_before = np.minimum.accumulate(np.concatenate([[np.inf], losses[order]]))[:-1]
+    return np.asarray(order[losses[order] < best_before])

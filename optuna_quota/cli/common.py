@@ -14,6 +14,7 @@ from pathlib import Path
 import re
 import sys
 import textwrap
+from types import ModuleType
 from typing import Any, TYPE_CHECKING, TypeVar
 
 from optuna_quota import _resources
@@ -48,34 +49,23 @@ class UsageError(Exception):
 
 
 def add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    run: Callable[[argparse.Namespace], int],
-    name: str,
-    summary: str,
-    *,
-    examples: str,
-    keys: Mapping[str, str],
-) -> argparse.ArgumentParser:
-    """Add a subcommand that can print a table or JSON, and return its parser.
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], command: ModuleType
+) -> None:
+    """Add a subcommand that can print a table or JSON: a module of its name.
 
-    Args:
-        commands: Where to add it.
-        run: Runs it and returns the exit status.
-        name: Its name.
-        summary: One sentence, for the list of commands.
-        examples: Lines to copy.
-        keys: The keys of its JSON, with their meaning.
+    It has ``SUMMARY``, one sentence; ``EXAMPLES``, lines to copy; ``KEYS``, those of its JSON with
+    their meaning; ``add_arguments``, and ``run``, which returns the exit status.
     """
     lines = ["JSON keys (amounts in bytes, seconds and joules; unknown values are null):"]
-    for key, meaning in keys.items():
+    for key, meaning in command.KEYS.items():
         lines += textwrap.wrap(
             meaning, 80, initial_indent=f"  {key:<16}", subsequent_indent=" " * 18
         )
     parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog="\n".join(["examples:", textwrap.indent(examples, "  "), *lines]),
+        name_of(command),
+        help=command.SUMMARY,
+        description=command.SUMMARY,
+        epilog="\n".join(["examples:", textwrap.indent(command.EXAMPLES, "  "), *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -85,8 +75,12 @@ def add_command(
         default="table",
         help="a table for people, or JSON with stable keys (default: table)",
     )
-    parser.set_defaults(run=run)
-    return parser
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run)
+
+
+def name_of(command: ModuleType) -> str:
+    return command.__name__.rpartition(".")[2]
 
 
 def add_quota_arguments(

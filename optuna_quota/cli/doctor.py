@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from optuna_quota._doctor import Finding
 
 
-_EXAMPLES = """\
+SUMMARY = "Show what this host can enforce and measure, what is limited and how to fix it."
+EXAMPLES = """\
 optuna-quota doctor
 optuna-quota doctor --format json | jq '.findings[] | select(.state != "ok")'
 optuna-quota doctor --storage postgresql+psycopg2://me@db/tuning
 optuna-quota doctor --strict      # exit status 1 unless all checks are ok
 """
-_KEYS = {
+KEYS = {
     "host": "its name",
     "platform": "system, release and machine",
     "counts": "number of findings that are ok, degraded, missing",
@@ -44,15 +45,7 @@ _MARKS = {
 _LABEL = 23
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = common.add_command(
-        commands,
-        run,
-        "doctor",
-        "Show what this host can enforce and measure, what is limited and how to fix it.",
-        examples=_EXAMPLES,
-        keys=_KEYS,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storage", metavar="URL", help="also check this storage")
     parser.add_argument(
         "--strict", action="store_true", help="exit with status 1 unless all checks are ok"

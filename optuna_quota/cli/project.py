@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from optuna_quota._projection.projection import Projection
 
 
-_EXAMPLES = """\
+SUMMARY = "Project whether a study fits its quota, before it runs (exit status 3: it does not)."
+EXAMPLES = """\
 # a known footprint
 optuna-quota project --n-trials 200 --n-jobs 2 --footprint memory=2GiB,wall_time=90s \\
     --quota wall_time=2h --quota memory=8GiB
@@ -31,7 +32,7 @@ optuna-quota project --n-trials 500 --storage sqlite:///tuning.db --study-name f
 optuna-quota project --n-trials 50 --storage tuning.log --quota wall_time=30min \\
     --format json > projection.json
 """
-_KEYS = {
+KEYS = {
     "fits": "whether every quota holds with the required confidence",
     "probability": "the probability that every quota holds",
     "confidence": "the required probability",
@@ -43,15 +44,7 @@ _KEYS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = common.add_command(
-        commands,
-        run,
-        "project",
-        "Project whether a study fits its quota, before it runs (exit status 3: it does not).",
-        examples=_EXAMPLES,
-        keys=_KEYS,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_size_arguments(parser, "trials to run", required=True)
     parser.add_argument(
         "--footprint",

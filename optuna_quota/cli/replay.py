@@ -7,7 +7,11 @@ import argparse
 from optuna_quota.cli import common
 
 
-_EXAMPLES = """\
+SUMMARY = (
+    "Show what a quota and limits would have done to a study that has run "
+    "(exit status 3: the quota would have ended it early)."
+)
+EXAMPLES = """\
 optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --limit wall_time=5min
 optuna-quota replay --storage tuning.log --study-name first --quota cost=10 --price cpu_time=0.05
 
@@ -15,7 +19,7 @@ optuna-quota replay --storage tuning.log --study-name first --quota cost=10 --pr
 optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --format json \\
     | jq .best_lives
 """
-_KEYS = {
+KEYS = {
     "quota": "the replayed quota by resource, null without one",
     "limits": "the replayed limits by resource, null without any",
     "ended_at": "seconds into the study at which the quota would have ended it, or null",
@@ -32,16 +36,7 @@ _KEYS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = common.add_command(
-        commands,
-        run,
-        "replay",
-        "Show what a quota and limits would have done to a study that has run "
-        "(exit status 3: the quota would have ended it early).",
-        examples=_EXAMPLES,
-        keys=_KEYS,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_study_arguments(parser)
     common.add_quota_arguments(
         parser, "a ceiling on the whole study, may be repeated", limits=True
@@ -62,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         limits_used = report.limits and report.limits.amounts()
         trials = common.records(report.table)
         common.write_json(
-            common.as_json(report, _KEYS, quota=quota_used, limits=limits_used, trials=trials)
+            common.as_json(report, KEYS, quota=quota_used, limits=limits_used, trials=trials)
         )
     else:
         common.write_line(summary)

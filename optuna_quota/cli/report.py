@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from optuna_quota._report import UtilizationReport
 
 
-_EXAMPLES = """\
+SUMMARY = "Show which hyperparameters drive resource usage, how certainly, and what to change."
+EXAMPLES = """\
 optuna-quota report --storage sqlite:///tuning.db
 optuna-quota report --storage sqlite:///tuning.db --html report.html
 
@@ -30,7 +32,7 @@ optuna-quota project --n-trials 500 --footprint learned.json --quota wall_time=2
 # what to request from the cluster
 optuna-quota report --storage tuning.log --format json | jq '.advice[].snippets'
 """
-_KEYS = {
+KEYS = {
     "study": "its name",
     "n_trials": "number of finished trials",
     "best": "number of the best trial, or those of the Pareto front",
@@ -48,15 +50,7 @@ _KEYS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = common.add_command(
-        commands,
-        run,
-        "report",
-        "Show which hyperparameters drive resource usage, how certainly, and what to change.",
-        examples=_EXAMPLES,
-        keys=_KEYS,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_study_arguments(parser)
     parser.add_argument("--html", metavar="FILE", help="also write the report as one HTML file")
     parser.add_argument(
@@ -88,10 +82,12 @@ def run(options: argparse.Namespace) -> int:
         content = _as_json(report) if options.format == "json" else report.summary()
         if options.html is not None:
             show(f"writing {options.html}")
-            report.to_html(options.html)
+            with _writing("--html", options.html):
+                report.to_html(options.html)
         if options.footprint is not None:
             show(f"writing {options.footprint}")
-            Path(options.footprint).write_text(report.footprint.to_json(), encoding="utf-8")
+            with _writing("--footprint", options.footprint):
+                Path(options.footprint).write_text(report.footprint.to_json(), encoding="utf-8")
     if isinstance(content, str):
         common.write_line(content)
     else:
@@ -101,6 +97,18 @@ def run(options: argparse.Namespace) -> int:
         with common.progress("publishing to optuna-dashboard"):
             publish(study, report)
     return common.OK
+
+
+@contextmanager
+def _writing(option: str, path: str) -> Iterator[None]:
+    """Say which file of which option can't be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        folder = str(Path(path).parent)
+        missing = isinstance(error, FileNotFoundError)
+        why = f"there is no folder {folder!r}" if missing else error.strerror or error
+        raise OSError(f"{option}: {path!r} can't be written: {why}.") from error
 
 
 def _check_user_attrs(names: Sequence[str], study: Study) -> None:
@@ -134,7 +142,7 @@ def _as_json(report: UtilizationReport) -> dict[str, Any]:
     }
     return common.as_json(
         report,
-        _KEYS,
+        KEYS,
         study=report.study.study_name,
         n_trials=len(report.table),
         outcomes=report.table["outcome"].value_counts().to_dict(),

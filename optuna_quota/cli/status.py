@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from optuna_quota._projection.projection import Projection
 
 
-_EXAMPLES = """\
+SUMMARY = (
+    "Show what a study has used, reserved and left, by resource, worker and outcome "
+    "(exit status 3: a quota is exceeded)."
+)
+EXAMPLES = """\
 optuna-quota status --storage sqlite:///tuning.db
 optuna-quota status --storage postgresql+psycopg2://me@db/tuning --study-name first
 
@@ -25,7 +29,7 @@ optuna-quota status --storage sqlite:///tuning.db --n-trials 100 --n-jobs 4
 # in a CI job: exit status 3 when more was used than this
 optuna-quota status --storage tuning.log --quota cpu_time=6h --format json
 """
-_KEYS = {
+KEYS = {
     "study": "its name",
     "exceeded": "the resources whose quota is exceeded",
     "resources": "a list: resource, used, reserved, left, quota, unknown (trials)",
@@ -38,16 +42,7 @@ _KEYS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = common.add_command(
-        commands,
-        run,
-        "status",
-        "Show what a study has used, reserved and left, by resource, worker and outcome "
-        "(exit status 3: a quota is exceeded).",
-        examples=_EXAMPLES,
-        keys=_KEYS,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_study_arguments(parser)
     common.add_quota_arguments(parser, "compare with this instead of the study's own quota")
     common.add_size_arguments(parser, "project this many more trials", required=False)
@@ -77,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         projected = projection and project_command.as_json(projection)
         name = study.study_name
         computed = {"study": name, "resources": resources, "projection": projected}
-        common.write_json(common.as_json(found, _KEYS, **computed))
+        common.write_json(common.as_json(found, KEYS, **computed))
     else:
         _write(study.study_name, found, projection)
     fits = projection is None or projection.fits

@@ -5,14 +5,12 @@ Each function takes a study and returns a plotly figure; plotly is imported with
 kinds of colour blindness, and each outcome has its own symbol.
 """
 
-from optuna_quota.visualization._budget import plot_burn_down, plot_waste
-from optuna_quota.visualization._correlations import plot_correlations
+from optuna_quota.visualization._cost import plot_burn_down, plot_quality_cost, plot_waste
 from optuna_quota.visualization._figures import figures
 from optuna_quota.visualization._footprint import plot_footprint, plot_reliability
 from optuna_quota.visualization._html_report import notebook_html, to_html
-from optuna_quota.visualization._quality_cost import plot_quality_cost
-from optuna_quota.visualization._timeline import plot_timeline
-from optuna_quota.visualization._usage import plot_usage, plot_usage_slice
+from optuna_quota.visualization._params import plot_correlations, plot_usage_slice
+from optuna_quota.visualization._usage import plot_timeline, plot_usage
 
 
 __all__ = [

@@ -6,15 +6,13 @@ import textwrap
 from typing import Any
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._analysis.study_trials import measured_resources
 from optuna_quota.visualization import _theme
-from optuna_quota.visualization._budget import burn_down_figure, waste_figure
-from optuna_quota.visualization._correlations import correlations_figure
-from optuna_quota.visualization._data import measured_resources, StudyTrials
-from optuna_quota.visualization._footprint import footprint_figure, reliability_figure
-from optuna_quota.visualization._quality_cost import quality_cost_figures
+from optuna_quota.visualization._cost import plot_burn_down, plot_objectives, plot_waste
+from optuna_quota.visualization._footprint import plot_footprint, plot_reliability
+from optuna_quota.visualization._params import plot_correlations, plot_usage_slice, varied_params
 from optuna_quota.visualization._theme import Figure
-from optuna_quota.visualization._timeline import timeline_figure, timeline_of
-from optuna_quota.visualization._usage import usage_figure, usage_slice_figure, varied_params
+from optuna_quota.visualization._usage import plot_timeline, plot_usage
 
 
 _MAX_PANELS = 4
@@ -44,43 +42,40 @@ def figures(report: StudyAnalysis) -> dict[str, Figure]:
     Raises:
         ImportError: If plotly is not installed.
     """
-    return figures_of(StudyTrials(report.study, report.data), report)
-
-
-def figures_of(trials: StudyTrials, report: StudyAnalysis) -> dict[str, Figure]:
-    """Return :func:`figures` of trials that were already read."""
-    resources = measured_resources(trials.finished)
-    made = {f"usage_{r}": usage_figure(trials, r) for r in resources}
-    made["burn_down"] = burn_down_figure(trials)
-    made["waste"] = waste_figure(trials)
-    made["correlations"] = correlations_figure(report.correlations)
-    for resource in resources:
-        made[f"usage_slice_{resource}"] = ranked_slice_figure(trials, report, resource)
-    for resource in resources:
-        made[f"footprint_{resource}"] = best_footprint_figure(trials, report, resource)
-    made["reliability"] = reliability_figure(trials)
-    made.update(quality_cost_figures(trials))
-    ended = [t for t in trials.finished if t.outcome == "terminated" and t.record.timeline]
-    for trial in ended[-_MAX_TIMELINES:]:
-        made[f"timeline_{trial.number}"] = timeline_figure(timeline_of(trial, trials.limits))
+    finished = report.trials.finished
+    resources = measured_resources(finished)
+    ended = [t.number for t in finished if t.outcome == "terminated" and t.record.timeline]
+    made = {
+        **{f"usage_{r}": plot_usage(report, resource=r) for r in resources},
+        "burn_down": plot_burn_down(report),
+        "waste": plot_waste(report),
+        "correlations": plot_correlations(report),
+        **{f"usage_slice_{r}": plot_ranked_slices(report, r) for r in resources},
+        **{f"footprint_{r}": plot_best_footprint(report, r) for r in resources},
+        "reliability": plot_reliability(report),
+        **plot_objectives(report),
+        **{f"timeline_{n}": plot_timeline(report, n) for n in ended[-_MAX_TIMELINES:]},
+    }
     return {name: figure for name, figure in made.items() if figure.data}
 
 
-def ranked_slice_figure(
-    trials: StudyTrials, report: StudyAnalysis, resource: str, max_panels: int = _MAX_PANELS
+def plot_ranked_slices(
+    report: StudyAnalysis, resource: str, max_panels: int = _MAX_PANELS
 ) -> Figure:
     """Return slices along the hyperparameters that the resource correlates with most."""
-    varied = varied_params(trials.with_usage(resource))
+    varied = varied_params(report.trials.with_usage(resource))
     rows = report.correlations[report.correlations["resource"] == resource]
     ranked = [name for name in rows["param"] if name in varied]
     names = list(dict.fromkeys([*ranked, *varied]))[:max_panels]
-    return usage_slice_figure(trials, resource, names, report.footprint)
+    return plot_usage_slice(report, resource=resource, params=names, footprint=report.footprint)
 
 
-def best_footprint_figure(trials: StudyTrials, report: StudyAnalysis, resource: str) -> Figure:
+def plot_best_footprint(report: StudyAnalysis, resource: str) -> Figure:
     """Return the recorded projections against usage, or the fitted ones where there are none."""
-    recorded = footprint_figure(trials, resource)
-    return recorded if recorded.data else footprint_figure(trials, resource, report.footprint)
+    recorded = plot_footprint(report, resource=resource)
+    if recorded.data:
+        return recorded
+    return plot_footprint(report, resource=resource, footprint=report.footprint)
 
 
 def thin(figure: Figure, max_markers: int) -> Figure:

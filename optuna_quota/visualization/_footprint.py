@@ -10,10 +10,17 @@ from typing import NamedTuple
 
 from optuna.study import Study
 
+from optuna_quota._analysis.study_analysis import StudyAnalysis, trials_of
+from optuna_quota._analysis.study_trials import (
+    by_outcome,
+    FinishedTrial,
+    predict_intervals,
+    StudyTrials,
+)
 from optuna_quota._footprint.footprint import Footprint, joint_breach
 from optuna_quota._records import Interval, PROPOSED
 from optuna_quota._resources import format_amount, get_resource
-from optuna_quota.visualization import _data, _theme
+from optuna_quota.visualization import _theme
 from optuna_quota.visualization._theme import Figure, OutcomeStyle, Point
 
 
@@ -30,7 +37,7 @@ _STYLES = {
 
 
 def plot_footprint(
-    study: Study, *, resource: str = "memory", footprint: Footprint | None = None
+    study: Study | StudyAnalysis, *, resource: str = "memory", footprint: Footprint | None = None
 ) -> Figure:
     """Plot the footprint projected for each trial, with its interval, against its usage.
 
@@ -46,26 +53,21 @@ def plot_footprint(
             plot_footprint(study, resource="memory").show()
 
     Args:
-        study: The study.
+        study: The study, or its report.
         resource: The resource projected.
         footprint: A fitted :class:`~optuna_quota.Footprint`.
 
     Raises:
         ImportError: If plotly is not installed.
     """
-    return footprint_figure(_data.StudyTrials(study), resource, footprint)
-
-
-def footprint_figure(
-    trials: _data.StudyTrials, resource: str, footprint: Footprint | None = None
-) -> Figure:
+    trials = trials_of(study)
     verb = "Projected" if footprint is None else "Fitted"
     title = f"{verb} against measured {get_resource(resource).title}"
     used = trials.with_usage(resource)
     if footprint is None:
         projected = [trial.record.footprint.get(resource) for trial in used]
     else:
-        projected = _data.predict_intervals(footprint, [t.trial.params for t in used], resource)
+        projected = predict_intervals(footprint, [t.trial.params for t in used], resource)
     pairs = zip(used, projected, strict=True)
     intervals = {trial.number: found for trial, found in pairs if found is not None}
     shown = [trial for trial in used if trial.number in intervals]
@@ -79,7 +81,7 @@ def footprint_figure(
     if not log and min(amounts) > 0.4 * max(amounts):
         low = min(amounts) - 0.1 * (max(amounts) - min(amounts) or min(amounts))
 
-    def point(trial: _data.FinishedTrial) -> Point:
+    def point(trial: FinishedTrial) -> Point:
         interval = intervals[trial.number]
         lower, median, upper = (
             format_amount(resource, v) for v in (interval.lower, interval.median, interval.upper)
@@ -91,7 +93,7 @@ def footprint_figure(
 
     frame = (unit.of(low), unit.of(high))
     traces = [_theme.line("as projected", _theme.MUTED, frame, frame, dash="dot")]
-    for outcome, group in _data.by_outcome(shown).items():
+    for outcome, group in by_outcome(shown).items():
         name = f"{outcome} ({len(group)})"
         traces.append(_theme.markers(name, _theme.OUTCOMES[outcome], [point(t) for t in group]))
     known = [t for t in shown if not t.is_censored(resource)]
@@ -127,7 +129,7 @@ class JudgedTrial(NamedTuple):
     breached: bool
 
 
-def plot_reliability(study: Study) -> Figure:
+def plot_reliability(study: Study | StudyAnalysis) -> Figure:
     """Plot how often trials breached a limit against the probability projected for them.
 
     Trials that completed, or that a limit stopped, are counted by the probability that their
@@ -143,15 +145,12 @@ def plot_reliability(study: Study) -> Figure:
             plot_reliability(study).show()
 
     Args:
-        study: The study. Its sampler's ``confidence`` is taken to be the default.
+        study: The study, or its report. Its sampler's ``confidence`` is taken to be the default.
 
     Raises:
         ImportError: If plotly is not installed.
     """
-    return reliability_figure(_data.StudyTrials(study))
-
-
-def reliability_figure(trials: _data.StudyTrials) -> Figure:
+    trials = trials_of(study)
     title = "Breaches against their projected probability"
     judged = judged_trials(trials)
     if len(judged) < _MIN_TRIALS:
@@ -168,7 +167,7 @@ def reliability_figure(trials: _data.StudyTrials) -> Figure:
     return _theme.make_figure(title, _breach_finding(judged), traces, *axes)
 
 
-def judged_trials(trials: _data.StudyTrials) -> list[JudgedTrial]:
+def judged_trials(trials: StudyTrials) -> list[JudgedTrial]:
     """Return the trials that completed or breached a limit, and for which one was projected."""
     found = []
     for trial in trials.finished:
@@ -185,7 +184,7 @@ def judged_trials(trials: _data.StudyTrials) -> list[JudgedTrial]:
     return found
 
 
-def _group_of(trial: _data.FinishedTrial) -> str:
+def _group_of(trial: FinishedTrial) -> str:
     drawn, replaced, audited = _STYLES
     proposed = trial.trial.user_attrs.get(PROPOSED)
     if not isinstance(proposed, dict):

@@ -10,14 +10,13 @@ import os
 from pathlib import Path
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
-from optuna_quota._html import element, Safe, table
+from optuna_quota._html import element, prose, Safe, table
 from optuna_quota._resources import format_amount
 from optuna_quota._version import __version__
 from optuna_quota.visualization import _theme
-from optuna_quota.visualization._budget import TOTAL_OF, waste_of
-from optuna_quota.visualization._correlations import Cell, correlation_cells
-from optuna_quota.visualization._data import StudyTrials
-from optuna_quota.visualization._figures import figures_of, thinned_json
+from optuna_quota.visualization._cost import TOTAL_OF
+from optuna_quota.visualization._figures import figures, thinned_json
+from optuna_quota.visualization._params import Cell, correlation_cells
 from optuna_quota.visualization._report_text import DRIVERS, ReportText
 
 
@@ -47,17 +46,16 @@ def to_html(
         interactive: Whether to include the plots, for which plotly.js goes into the file (5 MB).
             Without them, and without plotly, the file has tables and no script (20 kB).
     """
-    trials = StudyTrials(report.study, report.data)
+    text = ReportText(report)
     plotted = interactive and find_spec("plotly") is not None
-    parts = _plots(trials, report) if plotted else _tables(trials, report)
+    parts = _plots(text) if plotted else _tables(text)
     if interactive and not plotted:
         parts.append(element("p", _theme.MISSING_PLOTLY))
-    text = ReportText(trials, report)
     head = element(
         "head",
         Safe('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'),
         element("title", f"Resource usage of {text.name}"),
-        element("style", Safe(_style_sheet())),
+        element("style", Safe(_read("report.css"))),
     )
     body = element("body", element("main", *_sections(text, parts), class_="oq"), style="margin:0")
     page = f'<!DOCTYPE html><html lang="en">{head}{body}</html>\n'
@@ -67,14 +65,13 @@ def to_html(
 
 def notebook_html(report: StudyAnalysis) -> str:
     """Return the report for a notebook: texts and tables without a script."""
-    trials = StudyTrials(report.study, report.data)
-    plots = element("p", "Plots: ", element("code", "report.figures()"), ".")
-    sections = _sections(ReportText(trials, report), [*_tables(trials, report), plots])
-    return element("div", element("style", Safe(_style_sheet())), *sections, class_="oq")
+    text = ReportText(report)
+    sections = _sections(text, [*_tables(text), element("p", prose("Plots: `report.figures()`."))])
+    return element("div", element("style", Safe(_read("report.css"))), *sections, class_="oq")
 
 
-def _style_sheet() -> str:
-    return resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _sections(text: ReportText, parts: Sequence[Safe]) -> list[Safe]:
@@ -100,7 +97,7 @@ def _ledger(text: ReportText) -> list[Safe]:
         parts.append(table(["", *text.ledger_head[1:]], rows, right=right, name="wide resources"))
     else:
         parts.append(element("p", "No quota is set and no usage is known."))
-    return parts + [element("p", note) for note in text.notes]
+    return parts + [element("p", prose(note)) for note in text.notes]
 
 
 def _share(share: float | None) -> Safe:
@@ -115,7 +112,7 @@ def _bar(share: float, text: str) -> Safe:
 
 def _advice(text: ReportText) -> list[Safe]:
     items = [
-        element("li", row.text, *(element("pre", lines) for lines in row.snippets.values()))
+        element("li", prose(row.text), *(element("pre", lines) for lines in row.snippets.values()))
         for row in text.advice
     ]
     return [element("h2", "What to change"), element("ul", *items)] if items else []
@@ -125,37 +122,40 @@ def _models(text: ReportText) -> list[Safe]:
     parts = []
     if text.drivers:
         head = ["", "parameter", "share", "changed"]
-        rows = [[d.title, d.param, _bar(d.share, d.interval), d.change] for d in text.drivers]
+        rows = [
+            [d.title, d.driver.param, _bar(d.driver.share[1], d.share), d.change]
+            for d in text.drivers
+        ]
         parts = [element("h2", "What drives usage"), element("p", DRIVERS)]
         parts.append(table(head, rows, name="wide resources"))
-    if text.models:
+    report = text.report
+    if report.formulas:
         parts.append(element("h2", "Fitted models"))
-    for model in text.models:
-        parts.append(element("p", element("b", model.title), class_="model"))
-        parts.append(element("pre" if model.is_formula else "p", model.formula))
-        if model.warnings:
-            parts.append(element("ul", *(element("li", w) for w in model.warnings)))
+    for name, formula in report.formulas.items():
+        parts.append(element("p", element("b", _theme.resource_title(name)), class_="model"))
+        is_law = report.follows_law(name)
+        parts.append(element("pre", formula) if is_law else element("p", prose(formula)))
+        if warnings := report.model_warnings(name):
+            parts.append(element("ul", *(element("li", prose(each)) for each in warnings)))
     return parts
 
 
 def _ended(text: ReportText) -> list[Safe]:
-    ended = text.ended
-    if not ended:
+    rows = [[str(row.number), *row[1:]] for row in text.ended]
+    if not rows:
         return []
-    rows = [[str(row.number), *row[1:]] for row in ended[:_MAX_ENDED]]
-    parts = [
-        element("h2", "Terminated, rejected and failed trials"),
-        table(["trial", "outcome", "reason", "used"], rows, name="wide ended"),
-    ]
-    if len(ended) > _MAX_ENDED:
-        parts.append(element("p", f"… and {len(ended) - _MAX_ENDED:,} earlier ones."))
+    head = ["trial", "outcome", "reason", "used"]
+    parts = [element("h2", "Terminated, rejected and failed trials")]
+    parts.append(table(head, rows[:_MAX_ENDED], name="wide ended"))
+    if len(rows) > _MAX_ENDED:
+        parts.append(element("p", f"… and {len(rows) - _MAX_ENDED:,} earlier ones."))
     return parts
 
 
-def _tables(trials: StudyTrials, report: StudyAnalysis) -> list[Safe]:
+def _tables(text: ReportText) -> list[Safe]:
     """Return what the plots of waste and correlations show, as tables."""
     parts: list[Safe] = []
-    waste = waste_of(trials)
+    waste = text.waste
     if waste.spent:
         head = ["", "Trials", *(_theme.resource_title(TOTAL_OF[r]) for r in waste.spent)]
         rows = []
@@ -167,17 +167,14 @@ def _tables(trials: StudyTrials, report: StudyAnalysis) -> list[Safe]:
                 rows[-1].append(share if spent[outcome] else "–")
         parts.append(element("h2", "Where the budget went"))
         parts.append(table(head, rows, right=range(1, len(head))))
-    cells = correlation_cells(report.correlations)
-    if cells.params:
+    resources, cells = correlation_cells(text.report.correlations)
+    if cells:
         legend = (
             "Spearman's correlation, an effect size (epsilon²) for categories. A star marks what "
             "is significant after the correction for multiple tests."
         )
-        head = ["", *map(_theme.resource_title, cells.resources)]
-        rows = [
-            [param, *map(_correlation, row)]
-            for param, row in zip(cells.params, cells.rows, strict=True)
-        ]
+        head = ["", *map(_theme.resource_title, resources)]
+        rows = [[param, *map(_correlation, row)] for param, row in cells.items()]
         parts.append(element("h2", "What drives usage: rank correlations"))
         parts.append(element("p", legend))
         parts.append(table(head, rows, right=range(1, len(head))))
@@ -193,8 +190,8 @@ def _correlation(cell: Cell | None) -> str:
     return element("span", shown, style=style, class_="cell")
 
 
-def _plots(trials: StudyTrials, report: StudyAnalysis) -> list[Safe]:
-    made = figures_of(trials, report)
+def _plots(text: ReportText) -> list[Safe]:
+    made = figures(text.report)
     if not made:
         return []
     places, specs = [], {}
@@ -222,29 +219,5 @@ def _plots(trials: StudyTrials, report: StudyAnalysis) -> list[Safe]:
         element("h2", "Plots"),
         element("div", *places, class_="grid"),
         element("script", Safe(library)),
-        element("script", Safe(f"const figures = {encoded};\n{_SCRIPT}")),
+        element("script", Safe(f"const figures = {encoded};\n{_read('report.js')}")),
     ]
-
-
-# Without a mouse, a finger scrolls the page, not a plot. Panels stand in two columns on a phone.
-_SCRIPT = """
-const mouse = matchMedia("(hover: hover)").matches;
-const config = {responsive: true, displaylogo: false, displayModeBar: mouse && "hover",
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
-for (const [id, {data, layout}] of Object.entries(figures)) {
-  const place = document.getElementById(id);
-  const panels = Object.keys(layout).filter(key => key.startsWith("yaxis"));
-  if (layout.grid && place.clientWidth < 600) {
-    const rows = Math.ceil(panels.length / 2);
-    Object.assign(layout.grid, {columns: 2, rows: rows, xgap: 0.18});
-    layout.height = 120 + 210 * rows;
-    panels.forEach((axis, i) => { layout[axis].showticklabels = i % 2 == 0; });
-  }
-  if (layout.height) place.style.height = layout.height + "px";
-  if (!mouse) layout.dragmode = false;
-  Plotly.newPlot(place, data, layout, config);
-}
-const fit = () => Object.keys(figures).forEach(id => Plotly.Plots.resize(id));
-window.addEventListener("beforeprint", fit);
-window.addEventListener("afterprint", fit);
-"""

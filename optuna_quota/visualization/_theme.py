@@ -390,26 +390,29 @@ def add_limit(
     *,
     log: bool = False,
     panel: str = "",
-    side: str = "left",
+    beside: bool = False,
 ) -> None:
     """Draw a limit as a dashed line, or say that it is above the axis.
 
     ``limit`` is in SI base units, ``high`` the upper end of the axis in its ``unit``. Of several
-    pairs of axes the first is labelled, whose number (``panel``) is empty; the label stands at
-    the ``side`` with fewer markers.
+    pairs of axes the first is labelled, whose number (``panel``) is empty. The label stands on the
+    line, or ``beside`` the plot, where it covers no marker.
     """
     y = unit.of(limit)
     above = y > high
     axes = {"xref": f"x{panel} domain", "yref": f"y{panel}"}
     if not panel:
+        text = f"limit {format_amount(resource, limit)}{' ↑' if above else ''}"
+        if beside:
+            figure.update_layout(margin_r=16 + 6 * len(text))
         figure.add_annotation(
-            text=f"limit {escape(format_amount(resource, limit))}{' ↑' if above else ''}",
+            text=escape(text),
             xref=axes["xref"],
-            yref=f"y{panel} domain" if above else axes["yref"],
-            x=0.01 if side == "left" else 0.99,
+            yref="y domain" if above else axes["yref"],
+            x=1.01 if beside else 0.01,
             y=1 if above else math.log10(y) if log else y,
-            xanchor=side,
-            yanchor="top" if above else "bottom",
+            xanchor="left",
+            yanchor="top" if above else "middle" if beside else "bottom",
             showarrow=False,
             font={"size": 11, "color": VERMILION},
         )

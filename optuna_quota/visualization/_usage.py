@@ -1,30 +1,27 @@
-"""Usage of each trial: in their order, and against each hyperparameter."""
+"""Usage of each trial, and of one trial over time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import math
 import statistics
-from typing import Any, NamedTuple
+import textwrap
+from typing import NamedTuple
 
-import numpy as np
-from optuna.distributions import BaseDistribution
 from optuna.study import Study
 
-from optuna_quota._footprint.footprint import Footprint
+from optuna_quota._analysis.study_analysis import StudyAnalysis, trials_of
+from optuna_quota._analysis.study_trials import by_outcome, FinishedTrial, StudyTrials
+from optuna_quota._html import element, Safe
 from optuna_quota._metering.breach import is_breach
-from optuna_quota._records import Interval
-from optuna_quota._resources import format_amount
-from optuna_quota._units import counted
-from optuna_quota.visualization import _data, _theme
+from optuna_quota._resources import CLOCK_RESOURCES, format_amount, get_resource
+from optuna_quota.visualization import _theme
 from optuna_quota.visualization._theme import Figure, Point
 
 
-_STEPS = 25
-_COLUMNS = 4
+_MAX_SUBTITLE = 100
 
 
-def plot_usage(study: Study, *, resource: str = "memory") -> Figure:
+def plot_usage(study: Study | StudyAnalysis, *, resource: str = "memory") -> Figure:
     """Plot the usage of each trial by outcome, with the limit in force.
 
     Markers of terminated trials point up: their usage is a lower bound. A rejected trial, which
@@ -39,48 +36,45 @@ def plot_usage(study: Study, *, resource: str = "memory") -> Figure:
             plot_usage(study, resource="memory").show()
 
     Args:
-        study: The study.
+        study: The study, or its report.
         resource: ``"memory"``, ``"wall_time"``, ``"cpu_time"``, ``"gpu_memory"``, ``"gpu_time"``,
             ``"energy"`` or the name of a custom meter.
 
     Raises:
         ImportError: If plotly is not installed.
     """
-    return usage_figure(_data.StudyTrials(study), resource)
-
-
-def usage_figure(trials: _data.StudyTrials, resource: str) -> Figure:
+    trials = trials_of(study)
     name = _theme.resource_title(resource)
     title = f"{name} of each trial"
-    shown = [t for t in trials.finished if _amount(t, resource) is not None]
+    found = {t.number: _amount(t, resource) for t in trials.finished}
+    shown = [t for t in trials.finished if found[t.number] is not None]
     if not shown:
         return _theme.empty_figure(title, f"No finished trial has a known {resource}.")
-    amounts = [_amount(t, resource) or 0.0 for t in shown]
+    amounts = [amount for amount in found.values() if amount is not None]
     unit, limit = _theme.unit_for(resource, amounts), trials.limits.get(resource)
     near = [limit] if limit is not None and limit <= 3 * max(amounts) else []
     log = _theme.use_log_scale([*amounts, *near], 15)
     low, high = map(unit.of, _theme.axis_range(amounts, log=log, limit=limit))
     figure = _theme.make_figure(
         title,
-        _finding(trials, shown, resource),
+        _usage_finding(trials, shown, resource),
         [
             _theme.markers(
                 f"{outcome} ({len(group)})",
                 _theme.OUTCOMES[outcome],
                 [_usage_point(trial, resource, unit) for trial in group],
             )
-            for outcome, group in _data.by_outcome(shown).items()
+            for outcome, group in by_outcome(shown).items()
         ],
         _theme.axis("Trial"),
         _theme.axis(unit.axis_title(name), (low, high), log=log),
     )
     if limit is not None:
-        # Breaches come early: later points that would breach are replaced.
-        _theme.add_limit(figure, resource, limit, unit, high, log=log, side="right")
+        _theme.add_limit(figure, resource, limit, unit, high, log=log, beside=True)
     return figure
 
 
-def _amount(trial: _data.FinishedTrial, resource: str) -> float | None:
+def _amount(trial: FinishedTrial, resource: str) -> float | None:
     """Return what a trial used, or was projected to use if it was rejected."""
     if resource in trial.amounts or trial.outcome != "rejected":
         return trial.amounts.get(resource)
@@ -88,7 +82,7 @@ def _amount(trial: _data.FinishedTrial, resource: str) -> float | None:
     return None if projected is None else projected.median
 
 
-def _usage_point(trial: _data.FinishedTrial, resource: str, unit: _theme.AxisUnit) -> Point:
+def _usage_point(trial: FinishedTrial, resource: str, unit: _theme.AxisUnit) -> Point:
     if resource in trial.amounts:
         return Point(trial.number, unit.of(trial.amounts[resource]), trial.hover(resource))
     projected = trial.record.footprint[resource]
@@ -97,9 +91,7 @@ def _usage_point(trial: _data.FinishedTrial, resource: str, unit: _theme.AxisUni
     return Point(trial.number, unit.of(projected.median), hover, bounds)
 
 
-def _finding(
-    trials: _data.StudyTrials, shown: Sequence[_data.FinishedTrial], resource: str
-) -> str:
+def _usage_finding(trials: StudyTrials, shown: Sequence[FinishedTrial], resource: str) -> str:
     ran = [t.amounts[resource] for t in shown if resource in t.amounts]
     limit, parts = trials.limits.get(resource), []
     if ran:
@@ -114,203 +106,188 @@ def _finding(
     return "; ".join(parts)
 
 
-def plot_usage_slice(
-    study: Study,
-    *,
-    resource: str = "memory",
-    params: Sequence[str] | None = None,
-    footprint: Footprint | None = None,
-) -> Figure:
-    """Plot usage against each hyperparameter, with a model's prediction and its 90% band.
+class Timeline(NamedTuple):
+    """The usage of a trial over time.
 
-    The predictions vary one hyperparameter and hold the others at their median or most frequent
-    value over the trials that ran.
+    Attributes:
+        title: The plot's title.
+        resource: The resource that was breached where its usage was recorded, or else memory.
+        finding: How the trial ended.
+        points: Pairs of seconds since its start and usage.
+        limit: The resource's limit.
+        time_limit: The limit on time, in seconds, where that was breached.
+        breach: Seconds and usage of the breach; of another resource's breach, its time and the
+            usage then.
+    """
+
+    title: str
+    resource: str
+    finding: str
+    points: list[tuple[float, float]]
+    limit: float | None
+    time_limit: float | None
+    breach: tuple[float, float] | None
+
+
+def plot_timeline(study: Study | StudyAnalysis, number: int) -> Figure:
+    """Plot the usage of one trial over time, with its limit and breach.
+
+    The resource is the one that was breached, or memory if that was a time limit or none.
 
     Example:
 
         .. code-block:: python
 
-            from optuna_quota import analyze
-            from optuna_quota.visualization import plot_usage_slice
+            from optuna_quota.visualization import plot_timeline
 
-            plot_usage_slice(study, params=["width"], footprint=analyze(study).footprint).show()
+            plot_timeline(study, number=17).show()
 
     Args:
-        study: The study.
-        resource: The usage to show.
-        params: Hyperparameters, in the order of the panels; all that varied unless given.
-        footprint: A fitted :class:`~optuna_quota.Footprint`; only trials are shown without one.
+        study: The study, or its report.
+        number: The trial's number.
 
     Raises:
-        ValueError: If a name in ``params`` is not a hyperparameter of a finished trial.
+        ValueError: If the study has no finished trial with that number.
         ImportError: If plotly is not installed.
     """
-    trials = _data.StudyTrials(study)
-    if params is None:
-        params = varied_params(trials.with_usage(resource))
-    return usage_slice_figure(trials, resource, params, footprint)
+    trials = trials_of(study)
+    trial = next((t for t in trials.finished if t.number == number), None)
+    if trial is None:
+        raise ValueError(f"`number` must be that of a finished trial but got {number!r}.")
+    return timeline_figure(timeline_of(trial, trials.limits))
 
 
-def varied_params(trials: Sequence[_data.FinishedTrial]) -> list[str]:
-    """Return the hyperparameters that had more than one value."""
-    seen: dict[str, set[str]] = {}
-    for trial in trials:
-        for name, value in trial.trial.params.items():
-            seen.setdefault(name, set()).add(_key(value))
-    return [name for name, values in seen.items() if len(values) > 1]
-
-
-def _key(value: Any) -> str:
-    # 1, 1.0 and True are different choices but equal keys of a dictionary.
-    return f"{type(value).__name__}:{value!r}"
-
-
-class _Slice(NamedTuple):
-    """Trials over one hyperparameter; ``predicted`` pairs its values with the model's interval."""
-
-    param: str
-    distribution: BaseDistribution
-    trials: list[_data.FinishedTrial]
-    predicted: list[tuple[Any, Interval]]
-
-    @property
-    def choices(self) -> Sequence[Any]:
-        """The choices of a categorical hyperparameter; empty for others."""
-        return getattr(self.distribution, "choices", ())
-
-    def x(self, value: Any) -> Any:
-        """Return a value of the hyperparameter as a coordinate."""
-        return str(value) if self.choices else value
-
-    def axis(self) -> dict[str, Any]:
-        """Return the layout of the horizontal axis."""
-        if self.choices:
-            return _theme.axis(self.param, categories=list(dict.fromkeys(map(str, self.choices))))
-        numbers = [float(t.trial.params[self.param]) for t in self.trials]
-        log = getattr(self.distribution, "log", False) and min(numbers) > 0
-        return _theme.axis(self.param, _theme.padded_range(numbers, log=log), log=log)
-
-
-def _slices(
-    trials: _data.StudyTrials, resource: str, params: Sequence[str], footprint: Footprint | None
-) -> list[_Slice]:
-    space = {name: d for t in trials.finished for name, d in t.trial.distributions.items()}
-    unknown = [name for name in params if name not in space]
-    if unknown:
-        raise ValueError(
-            f"`params` must name hyperparameters of finished trials but got {unknown[0]!r}; "
-            f"known are {', '.join(sorted(space)) or 'none'}."
-        )
-    used = trials.with_usage(resource)
-    typical = _typical_params(used, space)
-    slices = []
-    for name in params:
-        found = _Slice(name, space[name], [t for t in used if name in t.trial.params], [])
-        if found.trials and footprint is not None:
-            values = found.choices or _grid(found)
-            points = [{**typical, name: value} for value in values]
-            intervals = _data.predict_intervals(footprint, points, resource)
-            pairs = zip(values, intervals, strict=True)
-            found.predicted.extend((value, each) for value, each in pairs if each is not None)
-        slices.append(found)
-    return [found for found in slices if found.trials]
-
-
-def _grid(found: _Slice) -> list[float]:
-    values = [t.trial.params[found.param] for t in found.trials]
-    low, high = float(min(values)), float(max(values))
-    log = getattr(found.distribution, "log", False) and low > 0
-    with np.errstate(over="ignore", invalid="ignore"):
-        space = (np.geomspace if log else np.linspace)(low, high, _STEPS)
-        grid = [float(x) for x in space if np.isfinite(x)]
-    whole = all(float(v).is_integer() for v in values)
-    return list(dict.fromkeys(round(x) for x in grid)) if whole else grid
-
-
-def _typical_params(
-    trials: Sequence[_data.FinishedTrial], space: Mapping[str, BaseDistribution]
-) -> dict[str, Any]:
-    """Return the median or most frequent value of each parameter that half of the trials have."""
-    typical = {}
-    for name, distribution in space.items():
-        values = [t.trial.params[name] for t in trials if name in t.trial.params]
-        if not values or 2 * len(values) < len(trials):
-            continue
-        if hasattr(distribution, "choices"):
-            by_key = {_key(value): value for value in values}
-            typical[name] = by_key[statistics.mode(map(_key, values))]
+def timeline_of(trial: FinishedTrial, limits: Mapping[str, float]) -> Timeline:
+    """Return the data of one trial's plot; the breached limit replaces one of the study."""
+    record, breach = trial.record, trial.record.breach
+    resource, points = "memory", list(record.timeline)
+    if breach is not None and record.breach_timeline:
+        resource, points = breach.resource, list(record.breach_timeline)
+    # Readings of zero at the end were taken after the processes had ended.
+    while points and points[-1][1] <= 0:
+        points.pop()
+    limit, time_limit, place = limits.get(resource), None, None
+    if breach is not None and points:
+        place = (breach.seconds, breach.observed)
+        if breach.resource == resource:
+            limit = breach.limit
         else:
-            typical[name] = sorted(values)[len(values) // 2]
-    return typical
+            place = (breach.seconds, min(points, key=lambda p: abs(p[0] - breach.seconds))[1])
+            time_limit = breach.limit if breach.resource in CLOCK_RESOURCES else None
+        points = sorted({*points, place})
+    if record.reason and trial.outcome == "terminated":
+        finding = textwrap.shorten(record.reason, _MAX_SUBTITLE, placeholder="…")
+    else:
+        most = max((amount for _, amount in points), default=None)
+        finding = f"{trial.outcome}, peak {format_amount(resource, most)}"
+    title = f"{_theme.resource_title(resource)} of trial {trial.number} over time"
+    return Timeline(title, resource, finding, points, limit, time_limit, place)
 
 
-def usage_slice_figure(
-    trials: _data.StudyTrials, resource: str, params: Sequence[str], footprint: Footprint | None
-) -> Figure:
-    """Return the figure of :func:`plot_usage_slice`: up to four panels in a row."""
-    slices = _slices(trials, resource, params, footprint)
-    name = _theme.resource_title(resource)
-    title = f"{name} by hyperparameter"
-    if not slices:
-        reason = f"No hyperparameter varied over trials with a known {resource}."
-        return _theme.empty_figure(title, reason)
-    amounts = [t.amounts[resource] for s in slices for t in s.trials]
-    unit, limit = _theme.unit_for(resource, amounts), trials.limits.get(resource)
-    log = _theme.use_log_scale(amounts)
-    low, high = map(unit.of, _theme.axis_range(amounts, log=log, limit=limit))
-    rows, columns = math.ceil(len(slices) / _COLUMNS), min(_COLUMNS, len(slices))
-    layout = _theme.layout_of(title, _subtitle(slices))
-    layout["grid"] = {"rows": rows, "columns": columns, "pattern": "independent", "xgap": 0.1}
-    if rows > 1:
-        layout["height"] = 100 + 300 * rows
-    panels = [str(index + 1) if index else "" for index in range(len(slices))]
-    traces: list[dict[str, Any]] = []
-    for index, (panel, found) in enumerate(zip(panels, slices, strict=True)):
-        first = index % _COLUMNS == 0
-        y = _theme.axis(unit.axis_title(name) if first else "", (low, high), log=log)
-        # One scale for all, named once a row.
-        y.update(showticklabels=first, **({"matches": "y"} if index else {}))
-        layout.update({f"xaxis{panel}": found.axis(), f"yaxis{panel}": y})
-        for trace in _traces(found, resource, unit):
-            label = trace["name"]
-            trace.update(xaxis=f"x{panel}", yaxis=f"y{panel}", legendgroup=label)
-            trace["showlegend"] = all(label != other["name"] for other in traces)
-            traces.append(trace)
-    figure = _theme.import_plotly().Figure({"data": traces, "layout": layout})
-    if limit is not None:
-        for panel in panels:
-            _theme.add_limit(figure, resource, limit, unit, high, log=log, panel=panel)
+class _Axes(NamedTuple):
+    """Units, upper ends in these units, and titles of the axes of a timeline."""
+
+    usage: _theme.AxisUnit
+    time: _theme.AxisUnit
+    top: float
+    right: float
+    titles: tuple[str, str]  # of time and usage
+
+
+def _axes(line: Timeline) -> _Axes:
+    last, amounts = max(t for t, _ in line.points), [amount for _, amount in line.points]
+    unit, clock = _theme.unit_for(line.resource, amounts), _theme.unit_for("wall_time", [last])
+    _, high = _theme.axis_range(amounts, limit=line.limit)
+    usage = unit.axis_title(_theme.resource_title(line.resource))
+    titles = clock.axis_title("Time since the start"), usage
+    return _Axes(unit, clock, unit.of(high), clock.of(1.04 * last or 1.0), titles)
+
+
+def timeline_figure(line: Timeline) -> Figure:
+    if not line.points:
+        return _theme.empty_figure(line.title, "No timeline was recorded for this trial.")
+    axes = _axes(line)
+    x, y = [axes.time.of(t) for t, _ in line.points], [axes.usage.of(a) for _, a in line.points]
+    traces = [_theme.line(get_resource(line.resource).title, _theme.BLUE, x, y)]
+    if line.breach is not None:
+        seconds, amount = line.breach
+        hover = f"breach {format_amount('wall_time', seconds)} after the start"
+        point = Point(axes.time.of(seconds), axes.usage.of(amount), hover)
+        traces.append(_theme.markers("breach", _theme.OUTCOMES["terminated"], [point]))
+    x_axis = _theme.axis(axes.titles[0], (0.0, axes.right))
+    y_axis = _theme.axis(axes.titles[1], (0.0, axes.top))
+    figure = _theme.make_figure(line.title, line.finding, traces, x_axis, y_axis)
+    if line.limit is not None:
+        _theme.add_limit(figure, line.resource, line.limit, axes.usage, axes.top)
+    if line.time_limit is not None:
+        style = {"color": _theme.VERMILION, "dash": "dash", "width": 1.5}
+        figure.add_vline(axes.time.of(line.time_limit), line=style)
     return figure
 
 
-def _traces(found: _Slice, resource: str, unit: _theme.AxisUnit) -> list[dict[str, Any]]:
-    traces = []
-    for outcome, group in _data.by_outcome(found.trials).items():
-        points = [
-            Point(
-                found.x(t.trial.params[found.param]),
-                unit.of(t.amounts[resource]),
-                t.hover(resource, params=[found.param]),
-            )
-            for t in group
-        ]
-        traces.append(_theme.markers(outcome, _theme.OUTCOMES[outcome], points))
-    x = [_theme.significant(x) if isinstance(x, float) else found.x(x) for x, _ in found.predicted]
-    y = [unit.of(interval.median) for _, interval in found.predicted]
-    bounds = [(unit.of(i.lower), unit.of(i.upper)) for _, i in found.predicted]
-    if found.predicted and found.choices:
-        style = _theme.OutcomeStyle(_theme.GREEN, "diamond")
-        points = [Point(a, b, "", ends) for a, b, ends in zip(x, y, bounds, strict=True)]
-        traces.append(_theme.markers("model", style, points))
-    elif found.predicted:
-        # The line is above the markers, which would hide it, and the band below them.
-        traces.insert(0, _theme.band("model, 90%", _theme.GREEN, x, bounds))
-        traces.append(_theme.line("model", _theme.GREEN, x, y))
-    _theme.size_markers(traces)
-    return traces
+_WIDTH, _HEIGHT = 640, 340
+_LEFT, _TOP, _RIGHT, _BOTTOM = 64, 60, 624, 294
+_LIMIT = {"stroke": _theme.VERMILION, "stroke_width": 1.5, "stroke_dasharray": "6 4"}
 
 
-def _subtitle(slices: Sequence[_Slice]) -> str:
-    if any(s.predicted for s in slices):
-        return "model: the other hyperparameters at their median or most frequent value"
-    return counted(max(len(s.trials) for s in slices), "trial")
+def timeline_svg(line: Timeline) -> str:
+    """Return the plot as an SVG image, which optuna-dashboard can show as a trial's artifact.
+
+    Plotly draws images in a browser only. All text is escaped and nothing is active.
+    """
+    axes = _axes(line)
+
+    def x(value: float) -> float:
+        return round(_LEFT + (_RIGHT - _LEFT) * value / axes.right, 1)
+
+    def y(value: float) -> float:
+        return round(_BOTTOM - (_BOTTOM - _TOP) * value / axes.top, 1)
+
+    middle, centre = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
+    muted = {"fill": _theme.MUTED}
+    parts = [
+        element("rect", width=_WIDTH, height=_HEIGHT, fill="#FFFFFF"),
+        _text(16, 22, line.title, font_size=14, font_weight="bold"),
+        _text(16, 40, line.finding, **muted),
+    ]
+    for tick in _theme.linear_ticks(0, axes.top):
+        parts.append(_path(f"M{_LEFT} {y(tick)}H{_RIGHT}", stroke=_theme.GRID))
+        parts.append(_text(_LEFT - 6, y(tick) + 4, f"{tick:,.6g}", text_anchor="end"))
+    for tick in _theme.linear_ticks(0, axes.right):
+        parts.append(_path(f"M{x(tick)} {_BOTTOM}v4", stroke=_theme.MUTED))
+        parts.append(_text(x(tick), _BOTTOM + 17, f"{tick:,.6g}", text_anchor="middle"))
+    turned = f"translate(18,{centre}) rotate(-90)"
+    points = [f"{x(axes.time.of(t))} {y(axes.usage.of(a))}" for t, a in line.points]
+    parts += [
+        _text(middle, _BOTTOM + 36, axes.titles[0], text_anchor="middle", **muted),
+        _text(0, 0, axes.titles[1], text_anchor="middle", transform=turned, **muted),
+        _path(f"M{'L'.join(points)}", stroke=_theme.BLUE, stroke_width=2),
+    ]
+    if line.breach is not None:
+        left, top = x(axes.time.of(line.breach[0])), y(axes.usage.of(line.breach[1]))
+        triangle = f"M{left} {top - 5}l4.6 8.6h-9.2z"
+        parts.append(_path(triangle, fill=_theme.VERMILION, stroke="#FFFFFF"))
+    if line.limit is not None:
+        label = f"limit {format_amount(line.resource, line.limit)}"
+        limit = axes.usage.of(line.limit)
+        if limit <= axes.top:
+            parts.append(_path(f"M{_LEFT} {y(limit)}H{_RIGHT}", **_LIMIT))
+        else:
+            label, limit = f"{label} ↑", axes.top
+        above = max(y(limit), _TOP + 17) - 5
+        parts.append(_text(_LEFT + 4, above, label, fill=_theme.VERMILION))
+    if line.time_limit is not None:
+        parts.append(_path(f"M{x(axes.time.of(line.time_limit))} {_TOP}V{_BOTTOM}", **_LIMIT))
+    sizes = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "width": _WIDTH, "height": _HEIGHT}
+    names = {"role": "img", "aria_label": line.title, "font_family": _theme.FONT}
+    return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", **sizes, **names)
+
+
+def _path(d: str, **style: object) -> Safe:
+    return element("path", d=d, **{"fill": "none", **style})
+
+
+def _text(x: float, y: float, text: str, **style: object) -> Safe:
+    # XML 1.0 does not allow control characters, not even escaped.
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return element("text", printable, x=x, y=y, **{"font_size": 11, "fill": _theme.TEXT, **style})

@@ -9,9 +9,8 @@ import sys
 import pytest
 
 from optuna_quota import __version__
-from optuna_quota.cli import doctor
+from optuna_quota.cli import build_parser, doctor, main
 from optuna_quota.cli.common import UsageError
-from optuna_quota.cli.main import build_parser, main
 from tests.cli_tests.commands import ROOT, run_command, run_process
 
 
@@ -137,7 +136,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom optuna_quota.cli.main import build_parser\n"
+        "import sys\nfrom optuna_quota.cli import build_parser\n"
         "build_parser().format_help()\n"
         "print([m for m in ('optuna', 'pandas', 'statsmodels', 'plotly', 'psutil') "
         "if m in sys.modules])"

@@ -29,6 +29,13 @@ def test_a_strategy_that_does_not_fit_has_status_3_and_a_nearest_one(
     assert max(map(len, result.out.splitlines())) <= 80
 
 
+def test_counts_are_written_alike_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--n-trials", "2000", "--footprint", "wall_time=1s", "--quota", "n_trials=3000")
+    out = run_command(capsys, "project", *arguments).out
+    assert "2,000 trials" in out and "3,000" in out
+    assert "2000" not in out and "3000" not in out
+
+
 def test_a_quota_on_an_unknown_usage_is_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optuna_quota.dashboard._publish import BEGIN, END
+from optuna_quota.dashboard import BEGIN, END
 
 
 def block_of(note: str) -> str | None:

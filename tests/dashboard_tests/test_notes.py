@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 import pytest
 
 from optuna_quota import analyze
-from optuna_quota.dashboard._publish import (
+from optuna_quota.dashboard import (
     bar,
     BEGIN,
     code,
@@ -16,7 +16,6 @@ from optuna_quota.dashboard._publish import (
     study_note,
     table,
 )
-from optuna_quota.visualization._data import StudyTrials
 from optuna_quota.visualization._report_text import ReportText
 from tests.dashboard_tests.notes import block_of
 from tests.utilization_tests.test_formula import flawed_study
@@ -123,5 +122,5 @@ def test_only_formulas_are_set_as_code() -> None:
         ("bend", "- memory follows no floor plus power"),
     ):
         study = flawed_study(change)
-        note = study_note(ReportText(StudyTrials(study), analyze(study)), str)
+        note = study_note(ReportText(analyze(study)), str)
         assert f"#### Fitted models\n\n{line}" in note

@@ -21,14 +21,12 @@ from optuna_dashboard import get_note, save_note
 import pandas as pd
 import pytest
 
-from optuna_quota import analyze, Limits, Usage
+from optuna_quota import analyze, dashboard, Limits, Usage
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._optuna import storage_of, study_id_of
 from optuna_quota._records import Interval, TrialRecord
 from optuna_quota._usage import Breach
-from optuna_quota._utilization.data import study_data
-from optuna_quota.dashboard import _publish, publish, Publisher
-from optuna_quota.dashboard._publish import END, IMAGE, publish_report
+from optuna_quota.dashboard import END, IMAGE, publish, publish_report, Publisher
 from tests.dashboard_tests.notes import block_of
 from tests.visualization_tests.studies import add_row, empty_study, made_study
 
@@ -41,7 +39,7 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(_publish, "find_spec", lambda name: None if name == package else True)
+    monkeypatch.setattr(dashboard, "find_spec", lambda name: None if name == package else True)
 
 
 def test_without_plotly_the_notes_are_published(
@@ -68,7 +66,7 @@ def test_without_optuna_dashboard_the_log_says_what_to_install(
 ) -> None:
     study = made_study(3)
     without(monkeypatch, "optuna_dashboard")
-    monkeypatch.setattr(_publish, "find_spec", lambda name: None)  # plotly neither
+    monkeypatch.setattr(dashboard, "find_spec", lambda name: None)  # plotly neither
     if how == "publish":
         analyze(study).publish()
     else:
@@ -110,7 +108,7 @@ def attributes(study: optuna.Study) -> dict[str, Any]:
 
 def publish_plain(study: optuna.Study, store: Any = None) -> None:
     """Publish without analyzing, which takes seconds and is tested elsewhere."""
-    report = StudyAnalysis(study, study_data(study))
+    report = StudyAnalysis(study)
     nothing = pd.DataFrame({"param": [], "resource": []})
     found = {"correlations": nothing, "drivers": {}, "advice": [], "cheaper_space": None}
     vars(report).update(found, _fitted=({}, {}), prediction_errors={})
@@ -341,12 +339,12 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(_publish.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(dashboard.time, "monotonic", lambda: now[0])
 
     def slow(*args: Any) -> None:
         now[0] += 2.0
 
-    monkeypatch.setattr(_publish, "publish_report", slow)
+    monkeypatch.setattr(dashboard, "publish_report", slow)
     study = made_study(3)
     publisher = Publisher(interval=1)
     now[0] = 10.0
@@ -356,7 +354,7 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
 
 def test_the_analysis_is_done_before_asking_whether_another_worker_publishes() -> None:
     study = made_study(3)
-    report = StudyAnalysis(study, study_data(study))
+    report = StudyAnalysis(study)
     known: list[set[str]] = []
 
     def is_current() -> bool:
@@ -397,7 +395,7 @@ def test_an_error_of_publishing_is_logged_and_fails_no_trial(
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(_publish, "publish_report", fail)
+    monkeypatch.setattr(dashboard, "publish_report", fail)
     monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     study = optuna.create_study()
     study.optimize(objective, n_trials=3, callbacks=[Publisher(interval=0)])

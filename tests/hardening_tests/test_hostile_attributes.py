@@ -22,6 +22,7 @@ import pytest
 
 from optuna_quota import (
     analyze,
+    dashboard,
     Footprint,
     Limits,
     project,
@@ -37,7 +38,6 @@ from optuna_quota import (
 from optuna_quota._optuna import storage_of, study_id_of
 from optuna_quota._records import OUTCOME
 from optuna_quota.cli import main
-from optuna_quota.dashboard import _publish
 from tests.hardening_tests import hostile
 
 
@@ -170,7 +170,7 @@ def test_published_notes_have_no_markup(rows: Any, attributes: Any, system: Any)
 
 @pytest.mark.parametrize("text", hostile.MARKUP)
 def test_escaped_text_is_one_line_without_signs_of_markup(text: str) -> None:
-    shown = _publish.escape(text)
+    shown = dashboard.escape(text)
     assert "\n" not in shown and "\x1b" not in shown
     assert not shown.replace("\\<", "").count("<")
 

@@ -12,12 +12,13 @@ from optuna.distributions import FloatDistribution
 import pytest
 
 from optuna_quota import analyze, Limits, Quota, Usage, visualization
+from optuna_quota._html import prose
 from optuna_quota._records import TrialRecord
 from optuna_quota._usage import Breach
 from optuna_quota.visualization import _html_report, _theme
-from optuna_quota.visualization._data import StudyTrials
 from optuna_quota.visualization._report_text import ReportText
 from tests.browser import chromium, faults, wait_for
+from tests.utilization_tests.test_formula import flawed_study
 from tests.visualization_tests.studies import add_row, empty_study, made_study
 
 
@@ -39,7 +40,7 @@ class Tags(HTMLParser):
 def test_a_quota_that_is_used_up_has_nothing_left() -> None:
     study = empty_study(quota=Quota(n_trials=1, cpu_time=10))
     add_row(study, TrialRecord(Usage(cpu_time=4, wall_time=5), "completed"))
-    text = ReportText(StudyTrials(study), analyze(study))
+    text = ReportText(analyze(study))
     cells = {row.cells[0]: list(row.cells[1:]) for row in text.ledger}
     assert cells["Trials"] == ["1", "0", "1"]
     assert cells["Wall time"] == ["5 s", "–", "–"]
@@ -116,6 +117,12 @@ def test_without_plotly_the_file_has_tables_and_names_the_extra(
     assert "script" not in tags_of(page).tags
 
 
+def test_what_stands_between_backticks_is_code() -> None:
+    page = analyze(flawed_study("bend"))._repr_html_()
+    assert "Use <code>report.footprint.predict(params)</code>." in page and "`" not in page
+    assert prose("a `<b>` & `c") == "a <code>&lt;b&gt;</code> &amp; `c"
+
+
 def test_a_notebook_shows_texts_and_tables_without_script(report: Any) -> None:
     page = report._repr_html_()
     found = tags_of(page)
@@ -148,7 +155,7 @@ def test_the_best_value_is_that_of_a_trial_that_violates_no_constraint() -> None
     for value, violated in ((1.0, 1.0), (2.0, 0.0)):
         attributes = {"constraints": [violated]}
         study.add_trial(optuna.trial.create_trial(value=value, system_attrs=attributes))
-    text = ReportText(StudyTrials(study), analyze(study))
+    text = ReportText(analyze(study))
     assert "The best value, 2, is that of trial 1." in text.headline
     assert ("2", "best value, trial 1") in text.tiles
 

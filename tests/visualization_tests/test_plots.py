@@ -14,18 +14,18 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 import pytest
 
-from optuna_quota import Limits, Quota, QuotaSampler, status, Usage, visualization
+from optuna_quota import analyze, Limits, Quota, QuotaSampler, status, Usage, visualization
+from optuna_quota._analysis.study_trials import StudyTrials
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._records import Interval, read_record, TrialRecord
 from optuna_quota._resources import OUTCOMES
 from optuna_quota._usage import Breach
 from optuna_quota.visualization import _theme
-from optuna_quota.visualization._budget import quota_curves, waste_of
-from optuna_quota.visualization._data import StudyTrials
+from optuna_quota.visualization._cost import quota_curves, waste_of
 from optuna_quota.visualization._figures import thin
 from optuna_quota.visualization._footprint import breach_probability
-from optuna_quota.visualization._timeline import timeline_of, timeline_svg
+from optuna_quota.visualization._usage import timeline_of, timeline_svg
 from tests.visualization_tests.studies import add_row, BEGIN, empty_study, made_study
 
 
@@ -144,6 +144,26 @@ def test_a_limit_far_above_does_not_flatten_the_trials() -> None:
     figure = visualization.plot_usage(study)
     assert figure.layout.yaxis.range[1] < 500
     assert figure.layout.annotations[0].text == "limit 64 GiB ↑"
+
+
+@pytest.mark.parametrize("limit", ["1GiB", "64GiB"])
+def test_the_label_of_the_limit_stands_beside_the_trials(limit: str) -> None:
+    study = empty_study(limits=Limits(memory=limit))
+    for _ in range(3):
+        add_row(study, TrialRecord(Usage(memory=GIB), "completed"))
+    layout = visualization.plot_usage(study).layout
+    (label,) = layout.annotations
+    assert label.xref == "x domain" and label.x > 1 and label.xanchor == "left"
+    assert layout.margin.r > 6 * len(label.text)
+
+
+def test_a_report_is_plotted_as_of_its_analysis() -> None:
+    study = made_study(12)
+    report = analyze(study)
+    add_row(study, TrialRecord(Usage(memory=9e9, wall_time=1), "completed"))
+    of_report, of_study = (visualization.plot_usage(source) for source in (report, study))
+    counts = [sum(len(trace.x) for trace in figure.data) for figure in (of_report, of_study)]
+    assert counts[1] == counts[0] + 1
 
 
 def test_burn_down_counts_parallel_clock_time_once() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial, TrialState
 import pytest
 
 from optuna_quota import analyze, Usage
-from optuna_quota._analysis.summary import refused_points
+from optuna_quota.visualization._report_text import refused_points
 from tests.analysis_tests.studies import (
     draw,
     finished,
@@ -197,34 +197,6 @@ def test_the_front_of_cost_and_quality(direction: str) -> None:
     assert report.front["cpu_time"].tolist() == [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]
     lines = report.summary().split("Cost against quality")[1].splitlines()
     assert lines[2].split() == ["0", f"{sign * 9:g}", "10", "s", "67%"]
-
-
-def test_shares_of_a_power_law_are_those_of_its_exponents() -> None:
-    drivers = {d.param: d.share[1] for d in analyze(power_law_study(60)).drivers["cpu_time"]}
-
-    # The variance of b · log(x) is b² · (log range)² / 12, that of a factor of 2 (log 2)² / 4.
-    rows, width = math.log(100) ** 2 / 12, 0.25 * math.log(64) ** 2 / 12
-    kind = math.log(2) ** 2 / 4
-    for name, variance in (("rows", rows), ("width", width), ("optimizer", kind)):
-        assert drivers[name] == pytest.approx(variance / (rows + width + kind), abs=0.05)
-    assert sum(drivers.values()) < 1.01
-
-
-def test_a_choice_that_decides_all_has_all_of_the_variance() -> None:
-    space = {
-        "kind": CategoricalDistribution([f"k{i}" for i in range(12)]),
-        "other": FloatDistribution(1.0, 100.0, log=True),
-    }
-    rng = np.random.default_rng(0)
-    trials = []
-    for _ in range(120):
-        params = draw(space, rng)
-        even = int(params["kind"][1:]) % 2
-        trials.append(finished(params, Usage(memory=1e9 * (1 + even)), space))
-
-    first, second = analyze(study_of(*trials)).drivers["memory"]
-
-    assert first.param == "kind" and first.share[0] > 0.9 and second.share[2] < 0.05
 
 
 def test_the_only_parameter_drives_nothing_where_usage_is_noise() -> None:

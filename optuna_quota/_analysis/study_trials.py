@@ -14,10 +14,8 @@ from optuna.trial import FrozenTrial
 from optuna_quota import _records
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._records import Interval, TrialRecord
-from optuna_quota._resources import format_amount, get_resource, USAGE_RESOURCES
+from optuna_quota._resources import format_amount, get_resource, OUTCOMES, USAGE_RESOURCES
 from optuna_quota._table import measured_usage
-from optuna_quota._utilization.data import StudyData
-from optuna_quota.visualization._theme import OUTCOMES
 
 
 # Outcomes of trials that are listed with their reasons.
@@ -77,7 +75,11 @@ def _format_param(value: Any) -> str:
 
 
 class StudyTrials:
-    """The finished trials that all plots of a study share: as of now, or of an analysis' data.
+    """The finished trials that all plots of a study share.
+
+    Args:
+        study: The study.
+        read: Its finished trials and their records; they are read now unless given.
 
     Attributes:
         study: The study.
@@ -85,14 +87,12 @@ class StudyTrials:
         limits: The limits in force, by resource, in SI base units.
     """
 
-    def __init__(self, study: Study, data: StudyData | None = None) -> None:
+    def __init__(
+        self, study: Study, read: tuple[Sequence[FrozenTrial], Sequence[TrialRecord]] | None = None
+    ) -> None:
         self.study = study
-        if data is None:
-            trials = (t for t in study.get_trials(deepcopy=False) if t.state.is_finished())
-            read = [(trial, _records.read_record(trial)) for trial in trials]
-        else:
-            read = list(zip(data.trials, data.records, strict=True))
-        self.finished = [_finished_trial(trial, record) for trial, record in read]
+        pairs = zip(*(read or _records.read_finished(study)), strict=True)
+        self.finished = [_finished_trial(*pair) for pair in pairs]
         self.limits = _records.read_amounts(study.user_attrs.get(_records.STUDY_LIMITS))
 
     def with_usage(self, resource: str) -> list[FinishedTrial]:

@@ -1,5 +1,19 @@
 """Publishes a study's resource usage to optuna-dashboard, once or while it runs.
 
+The trial table shows usage by itself, from numeric attributes. This module adds a block in the
+study's note, notes on terminated and rejected trials, and four small plots. Publishing again
+replaces all of it and keeps what a person wrote.
+
+Example:
+
+    .. code-block:: python
+
+        from optuna_quota import analyze
+        from optuna_quota.dashboard import Publisher
+
+        study.optimize(objective, n_trials=200, callbacks=[Publisher()])
+        analyze(study).publish()
+
 Notes, plots and the artifacts of finished trials are study system attributes. optuna-dashboard has
 public functions for notes on studies and plots, but none for a note on a finished trial
 (``save_note`` takes a running trial only) or its artifact (``upload_artifact`` writes into the
@@ -27,22 +41,21 @@ from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna, _records
 from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._analysis.study_trials import ENDED, FinishedTrial, main_resource
 from optuna_quota._resources import format_amount, USAGE_RESOURCES
-from optuna_quota._utilization.data import study_data
-from optuna_quota.visualization._budget import burn_down_figure, waste_figure
-from optuna_quota.visualization._data import ENDED, FinishedTrial, main_resource, StudyTrials
-from optuna_quota.visualization._figures import best_footprint_figure, ranked_slice_figure, thin
-from optuna_quota.visualization._quality_cost import quality_cost_figures
+from optuna_quota.visualization._cost import plot_burn_down, plot_objectives, plot_waste
+from optuna_quota.visualization._figures import plot_best_footprint, plot_ranked_slices, thin
 from optuna_quota.visualization._report_text import DRIVERS, ReportText
 from optuna_quota.visualization._theme import import_optional, MISSING_PLOTLY, resource_title
-from optuna_quota.visualization._timeline import timeline_of, timeline_svg
-from optuna_quota.visualization._usage import usage_figure
+from optuna_quota.visualization._usage import plot_usage, timeline_of, timeline_svg
 
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
     import plotly.graph_objects as go
 
+
+__all__ = ["Publisher", "publish"]
 
 _logger = logging.getLogger("optuna.quota.dashboard")
 
@@ -81,9 +94,7 @@ def publish(
 
     Adds a block with the ledger, what drives usage, advice and the trials that were terminated,
     rejected or failed to the study's note; a note with the reason, a table and, with an artifact
-    store, a plot of usage over time to these trials (the latest 100); and four small plots to the
-    study's page. Publishing again replaces all this. Text that a person wrote in a note, above or
-    below the block, is kept.
+    store, a plot of usage over time to these trials (the latest 100); and four small plots.
 
     Example:
 
@@ -103,7 +114,7 @@ def publish(
         ImportError: If optuna-dashboard is not installed. Without plotly the notes are written,
             and a warning in the log says what to install for the plots.
     """
-    publish_report(study, report or StudyAnalysis(study, study_data(study)), artifact_store)
+    publish_report(study, report or StudyAnalysis(study), artifact_store)
 
 
 def publish_report(
@@ -114,17 +125,16 @@ def publish_report(
 ) -> None:
     """Publish a study with its analysis, while ``is_current``: no other worker has begun to."""
     _import_dashboard()
-    trials, study_id = StudyTrials(study, report.data), _optuna.study_id_of(study)
+    trials, study_id = report.trials, _optuna.study_id_of(study)
     # Slow steps first, as another worker may begin meanwhile.
     note = study_note(
-        ReportText(trials, report),
+        ReportText(report),
         lambda number: f"/dashboard/studies/{study_id}/trials?numbers={number}",
     )
-    plots = {}
-    if find_spec("plotly") is None:
+    has_plots = find_spec("plotly") is not None
+    plots = _plots(report) if has_plots else {}
+    if not has_plots:
         _logger.warning(f"Published without plots. {MISSING_PLOTLY}")
-    else:
-        plots = _plots(trials, report)
     if not is_current():
         return
     dashboard = _Dashboard(study)
@@ -141,16 +151,16 @@ def publish_report(
         dashboard.renew_note(trial_note(trial, trials.limits, image), trial_id)
 
 
-def _plots(trials: StudyTrials, report: StudyAnalysis) -> dict[str, go.Figure]:
-    main = main_resource(trials.finished)
-    quality = next((f for f in quality_cost_figures(trials).values() if f.data), None)
-    budget = burn_down_figure(trials)
+def _plots(report: StudyAnalysis) -> dict[str, go.Figure]:
+    main = main_resource(report.trials.finished)
+    quality = next((f for f in plot_objectives(report).values() if f.data), None)
+    budget = plot_burn_down(report)
     # Fixed names, so that publishing again replaces them.
     plots = {
-        "optuna_quota.usage": usage_figure(trials, main),
-        "optuna_quota.drivers": ranked_slice_figure(trials, report, main, max_panels=2),
-        "optuna_quota.quality": quality or best_footprint_figure(trials, report, main),
-        "optuna_quota.budget": budget if budget.data else waste_figure(trials),
+        "optuna_quota.usage": plot_usage(report, resource=main),
+        "optuna_quota.drivers": plot_ranked_slices(report, main, max_panels=2),
+        "optuna_quota.quality": quality or plot_best_footprint(report, main),
+        "optuna_quota.budget": budget if budget.data else plot_waste(report),
     }
     return {name: thin(figure, _MAX_POINTS) for name, figure in plots.items()}
 
@@ -194,8 +204,8 @@ class _Dashboard:
         for key, value in self._attributes.items():
             artifact_id = key.removeprefix(prefix)
             # Other characters would be markup in the note.
-            plain = artifact_id.replace("-", "").isalnum() and artifact_id.isascii()
-            if key.startswith(prefix) and plain and _filename(value) == IMAGE:
+            is_plain = artifact_id != key and re.fullmatch(r"[A-Za-z0-9-]+", artifact_id)
+            if is_plain and _filename(value) == IMAGE:
                 return self._artifact_url(trial_id, artifact_id)
         return None
 
@@ -220,10 +230,9 @@ def _import_dashboard(module: str = "optuna_dashboard") -> ModuleType:
 def _filename(value: Any) -> Any:
     # A deleted artifact is kept as the JSON text "null".
     try:
-        meta = json.loads(value) if isinstance(value, str) else None
-    except ValueError:
+        return json.loads(value)["filename"]
+    except (KeyError, TypeError, ValueError):
         return None
-    return meta.get("filename") if isinstance(meta, dict) else None
 
 
 class Publisher:
@@ -282,8 +291,7 @@ class Publisher:
         if is_current is None:
             self._next = started + self._interval
             return
-        report = StudyAnalysis(study, study_data(study))
-        publish_report(study, report, self._artifact_store, is_current)
+        publish_report(study, StudyAnalysis(study), self._artifact_store, is_current)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - started) / _SHARE)
 
@@ -303,10 +311,10 @@ def _claim(study: Study, interval: float) -> Callable[[], bool] | None:
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
 
     def read() -> tuple[float, str]:
-        value = storage.get_study_system_attrs(study_id).get(_records.STUDY_PUBLISHED)
-        if not isinstance(value, list) or len(value) != 2:
-            return 0.0, ""
-        return _records.number(value[0]) or 0.0, str(value[1])
+        match storage.get_study_system_attrs(study_id).get(_records.STUDY_PUBLISHED):
+            case [moment, token]:
+                return _records.number(moment) or 0.0, str(token)
+        return 0.0, ""
 
     if 0 <= time.time() - read()[0] < interval:
         return None
@@ -332,16 +340,15 @@ def code(text: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
     """Return a table of cells that are Markdown already, some columns aligned to the right."""
     marks = ["---:" if i in right else ":---" for i in range(len(head))]
-    # The dashboard's cells have no padding; Markdown keeps en spaces. Amounts don't wrap.
-    padded = [
-        [
-            f"\u2002{c if i and i not in right else c.replace(' ', _NBSP)}\u2002"
-            for i, c in enumerate(row)
-        ]
-        for row in (head, *rows)
-    ]
-    lines = (padded[0], marks, *padded[1:])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+    def cell(i: int, text: str) -> str:
+        # The dashboard's cells have no padding; Markdown keeps en spaces. Amounts don't wrap.
+        kept = text if i and i not in right else text.replace(" ", _NBSP)
+        return f"\u2002{kept}\u2002"
+
+    lines = [[cell(*pair) for pair in enumerate(row)] for row in (head, *rows)]
+    lines.insert(1, marks)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def bar(share: float) -> str:
@@ -396,10 +403,11 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
         parts.append(escape(" ".join(text.notes)))
     if text.drivers:
         head = ["resource", "hyperparameter", "share", "changed"]
-        rows = [[d.title, code(d.param), d.interval, d.change] for d in text.drivers]
+        rows = [[d.title, code(d.driver.param), d.share, d.change] for d in text.drivers]
         parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
-    if text.models:
-        lines = [code(m.formula) if m.is_formula else escape(m.formula) for m in text.models]
+    if formulas := text.report.formulas:
+        form = {True: code, False: escape}
+        lines = [form[text.report.follows_law(n)](line) for n, line in formulas.items()]
         parts += ["#### Fitted models", "\n".join(f"- {line}" for line in lines)]
     advice = text.advice[:_MAX_ADVICE]
     if advice:
@@ -426,25 +434,22 @@ def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | Non
     parts = [f"**{row.outcome.capitalize()}.** {escape(reason)}"]
     if (breach := row.record.breach) is not None:
         limits = {**limits, breach.resource: breach.limit}
-    if row.amounts:
-        cells = [_usage_cells(row, name, limits.get(name)) for name in row.amounts]
+    cells = []
+    for name, amount in row.amounts.items():
+        limit = limits.get(name)
+        shown = "" if limit is None else format_amount(name, limit)
+        share = f"{amount / limit:.0%}" if limit else ""
+        cells.append([escape(resource_title(name)), row.format_usage(name), shown, share])
+    if cells:
         parts.append(table(["resource", "used", "limit", "share"], cells, right=(1, 2, 3)))
     if projected := row.record.footprint:
-        names = dict.fromkeys(name for name in (*USAGE_RESOURCES, *projected) if name in projected)
-        cells = [_projected_cells(name, projected[name]) for name in names]
+        cells = []
+        for name in dict.fromkeys(n for n in (*USAGE_RESOURCES, *projected) if n in projected):
+            found = projected[name]
+            amounts = [format_amount(name, v) for v in (found.median, found.lower, found.upper)]
+            cells.append([escape(resource_title(name)), *amounts])
         head = ["resource", "projected", "lower", "upper"]
         parts += ["Projected before it ran:", table(head, cells, right=(1, 2, 3))]
     if image is not None:
         parts.append(f"![Usage over time, with the limit]({image})")
     return "\n\n".join(parts)
-
-
-def _usage_cells(row: FinishedTrial, name: str, limit: float | None) -> list[str]:
-    shown = "" if limit is None else format_amount(name, limit)
-    share = "" if not limit else f"{row.amounts[name] / limit:.0%}"
-    return [escape(resource_title(name)), row.format_usage(name), shown, share]
-
-
-def _projected_cells(name: str, interval: _records.Interval) -> list[str]:
-    amounts = (interval.median, interval.lower, interval.upper)
-    return [escape(resource_title(name)), *(format_amount(name, amount) for amount in amounts)]

@@ -1,6 +1,8 @@
-"""Rank correlations have correct figures and intervals, and none from too few trials."""
+"""Rank correlations and shares have correct figures, and none from too few trials."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import optuna
@@ -12,8 +14,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from optuna_quota import analyze, Usage
-from optuna_quota._analysis.correlations import spearman
-from tests.analysis_tests.studies import finished, power_law_study, study_of, terminated
+from optuna_quota._analysis.drivers import spearman
+from tests.analysis_tests.studies import draw, finished, power_law_study, study_of, terminated
 
 
 COLUMNS = ["param", "resource", "rho", "lower", "upper", "p_value", "p_adjusted", "n"]
@@ -212,3 +214,31 @@ def test_numeric_choices_are_numbers() -> None:
     found = row(analyze(study_of(*trials)).correlations, "batch", "memory")
 
     assert found["measure"] == "rho" and found["rho"] > 0.95
+
+
+def test_shares_of_a_power_law_are_those_of_its_exponents() -> None:
+    drivers = {d.param: d.share[1] for d in analyze(power_law_study(60)).drivers["cpu_time"]}
+
+    # The variance of b · log(x) is b² · (log range)² / 12, that of a factor of 2 (log 2)² / 4.
+    rows, width = math.log(100) ** 2 / 12, 0.25 * math.log(64) ** 2 / 12
+    kind = math.log(2) ** 2 / 4
+    for name, variance in (("rows", rows), ("width", width), ("optimizer", kind)):
+        assert drivers[name] == pytest.approx(variance / (rows + width + kind), abs=0.05)
+    assert sum(drivers.values()) < 1.01
+
+
+def test_a_choice_that_decides_all_has_all_of_the_variance() -> None:
+    space = {
+        "kind": CategoricalDistribution([f"k{i}" for i in range(12)]),
+        "other": FloatDistribution(1.0, 100.0, log=True),
+    }
+    rng = np.random.default_rng(0)
+    trials = []
+    for _ in range(120):
+        params = draw(space, rng)
+        even = int(params["kind"][1:]) % 2
+        trials.append(finished(params, Usage(memory=1e9 * (1 + even)), space))
+
+    first, second = analyze(study_of(*trials)).drivers["memory"]
+
+    assert first.param == "kind" and first.share[0] > 0.9 and second.share[2] < 0.05
