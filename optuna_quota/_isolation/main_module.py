@@ -15,11 +15,13 @@ import collections
 from collections.abc import Collection, Iterable, Iterator
 import contextlib
 from dataclasses import dataclass
+import dis
 import functools
 import importlib.machinery
 import inspect
 import math
 import os
+import re
 import sys
 import tokenize
 import types
@@ -333,6 +335,35 @@ def bound_once(tree: ast.Module, chosen: Collection[ast.stmt]) -> set[str]:
     return {name for name, count in bindings.items() if count == 1} - changed
 
 
+# Instructions whose argument is the name of a global; in the body of a class, also of its own.
+_OF_GLOBALS = {
+    *("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"),
+    *("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"),
+}
+# Functions that look up globals by text.
+BY_TEXT = {"eval", "exec", "globals", "vars"}
+
+
+@functools.lru_cache(maxsize=1024)
+def names_in_code(code: types.CodeType) -> frozenset[str]:
+    """Return the names of the globals that code, and the code within it, may use."""
+    names = {each.argval for each in dis.get_instructions(code) if each.opname in _OF_GLOBALS}
+    if BY_TEXT & names:
+        names.update(*(re.findall(r"[^\W\d]\w*", text) for text in _texts(code.co_consts)))
+    if "__main__" in (*code.co_names, *code.co_consts):
+        names.update(code.co_names)  # they may be attributes of that module
+    within = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return frozenset(names).union(*map(names_in_code, within))
+
+
+def _texts(constants: Iterable[Any]) -> Iterator[str]:
+    for each in constants:
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, (tuple, frozenset)):
+            yield from _texts(each)
+
+
 def global_names(value: Any) -> set[str]:
     """Return the names of the globals that a function, class or callable of a script may use."""
     names: set[str] = set()
@@ -344,8 +375,7 @@ def global_names(value: Any) -> set[str]:
             continue
         seen.add(id(part))
         if isinstance(part, types.CodeType):
-            names.update(part.co_names)
-            todo += [c for c in part.co_consts if isinstance(c, types.CodeType)]
+            names |= names_in_code(part)
         elif isinstance(part, type):
             if part.__module__ in MAIN_NAMES:
                 todo += [*vars(part).values(), *part.__bases__]

@@ -25,7 +25,13 @@ from typing import Any
 import cloudpickle
 
 from optuna_quota._isolation import reducers
-from optuna_quota._isolation.main_module import global_names, MAIN_NAMES, MainModule
+from optuna_quota._isolation.main_module import (
+    BY_TEXT,
+    global_names,
+    MAIN_NAMES,
+    MainModule,
+    names_in_code,
+)
 from optuna_quota._isolation.mapped_files import FileRegion, MappedFiles
 from optuna_quota._isolation.module_state import (
     plain_attributes,
@@ -173,7 +179,10 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             reduced = reducers.reduce_library_object(value, self._mapped)
             if reduced is not None:
                 return reduced
-        return super().reducer_override(value)
+        reduced = super().reducer_override(value)
+        if kind is types.FunctionType and isinstance(reduced, tuple):
+            _add_globals(reduced[2][1]["__globals__"], value)
+        return reduced
 
     def _dump_main_state(self) -> None:
         """Dump the globals of functions that go by name, until there are no new ones."""
@@ -319,6 +328,14 @@ def _is_of_fork_context(lock: Any) -> bool:
     Python itself notices from 3.11.5 on; before, a process that was sent one crashes.
     """
     return os.name == "posix" and lock._semlock.name is None
+
+
+def _add_globals(found: dict[str, Any], function: types.FunctionType) -> None:
+    """Add globals that cloudpickle misses: used by a class within the function, or by text."""
+    names, known = set(names_in_code(function.__code__)), function.__globals__
+    if names & BY_TEXT:  # as in `eval(name)`, where a hyperparameter is "optim.Adam"
+        names.update(n for n, v in known.copy().items() if type(v) is types.ModuleType)
+    found.update((name, known[name]) for name in sorted(names & known.keys() - found.keys()))
 
 
 _NO_FILE = "<dynamic-code>"

@@ -104,6 +104,61 @@ def test_globals_that_are_set_under_a_guard(tmp_path: Path) -> None:
     assert run_script(tmp_path, GLOBALS)["found"] == always(117.0, 117.0)
 
 
+INDIRECT = """
+import dataclasses
+import optuna
+from optuna_quota import isolated
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+width, depth = int("3"), int("4")
+
+def by_class(trial):
+    @dataclasses.dataclass
+    class Config:
+        width: int = width
+        @staticmethod
+        def deeper(by=depth):
+            return by + depth
+    return float(Config().width + Config.deeper())
+
+def by_text(trial):
+    return float(eval("width + 1") + globals()["depth"])
+
+found = []
+for objective in (by_class, by_text):
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=1)
+    found.append(study.best_value)
+print(found)
+"""
+
+
+@pytest.mark.parametrize("way", ["file", "text"])
+def test_globals_that_are_used_by_a_class_or_by_text(tmp_path: Path, way: str) -> None:
+    (tmp_path / "script.py").write_text(INDIRECT)
+    arguments = ["script.py"] if way == "file" else ["-c", INDIRECT]
+    assert run_python(tmp_path, *arguments) == "[11.0, 8.0]\n"
+
+
+NAMESAKES = """
+import threading
+
+class Trainer:
+    def __init__(self):
+        self.data, self.lock = 2.0, None
+
+    def __call__(self, trial):
+        return self.data if self.lock is None else 0.0
+
+if __name__ == "__main__":
+    lock, data = threading.Lock(), bytearray(100)
+    say(found=values(Trainer()))
+"""
+
+
+def test_globals_that_only_share_the_name_of_an_attribute_are_not_sent(tmp_path: Path) -> None:
+    assert run_script(tmp_path, NAMESAKES)["found"] == always(2.0, 2.0)
+
+
 @pytest.mark.slow
 def test_a_spawned_worker_that_imports_the_study_again_says_so(tmp_path: Path) -> None:
     source = """
