@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 import math
 from types import MappingProxyType
 from typing import Literal
@@ -30,7 +31,7 @@ from optuna_quota._resources import (
     LIMIT_RESOURCES,
     Resource,
 )
-from optuna_quota._units import counted
+from optuna_quota._units import counted, format_seconds
 
 
 RequestedBy = Literal["optimize", "ask", "ask in a batch"]
@@ -245,6 +246,34 @@ def refuse_exhausted(
             short = Shortage(name, least, total, spent, held)
             return Refusal(**vars(short), reason=_describe(short), final=True, of_any=True)
     return None
+
+
+def refuse_late(
+    deadline: float, now: float, likely: float | None, margin: float
+) -> Refusal | None:
+    """Return the refusal of a trial that would most likely not finish before the deadline.
+
+    Running trials are stopped ``margin`` seconds before the deadline; ``likely`` is the expected
+    duration of a trial. ``deadline`` and ``now`` are in seconds since the epoch.
+    """
+    left = deadline - now
+    if left > margin and (likely is None or likely <= left - margin):
+        return None
+    at = f"{datetime.fromtimestamp(deadline):%Y-%m-%d %H:%M:%S}"
+    if left <= 0:
+        reason = f"The deadline ({at}) has passed."
+    elif left <= margin:
+        reason = f"The deadline ({at}) is in {format_seconds(left)}."
+    else:
+        reason = (
+            f"{format_seconds(left)} are left until the deadline ({at}), the last "
+            f"{format_seconds(margin)} of them to stop trials, and a trial most likely takes "
+            f"{format_seconds(likely or 0.0)}."
+        )
+    needed, left = likely or 0.0, max(0.0, left)
+    return Refusal(
+        "wall_time", needed, left, needed, reason=reason, final=True, by_deadline=True, of_any=True
+    )
 
 
 def _resource_of(short: Shortage) -> Resource:

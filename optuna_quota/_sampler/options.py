@@ -1,11 +1,15 @@
-"""Options of QuotaSampler and their validation."""
+"""Options of QuotaSampler and their validation; the deadline of a worker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from numbers import Integral
-from typing import Any, get_args, Literal
+import os
+import re
+import subprocess
+from typing import Any, get_args, Literal, TypeAlias
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -13,7 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna_quota import _optuna
 from optuna_quota._limits import Quota, Strategy
 from optuna_quota._resources import CLOCK_RESOURCES
-from optuna_quota._units import check_confidence, check_flags, check_number
+from optuna_quota._units import check_confidence, check_flags, check_number, parse_seconds
 
 
 Metering = Literal[True, False, "reported"]
@@ -21,10 +25,16 @@ OnExhausted = Literal["stop", "raise"]
 OnCrowded = Literal["wait", "smaller"]
 OnProjected = Literal["continue", "stop", "raise"]
 OnVeto = Literal["auto", "redraw", "nearest", "skip"]
+DeadlineOption: TypeAlias = "float | str | timedelta | datetime"
 
 # Samplers that enumerate points or return the same one when asked again. By name, as
 # BoTorchSampler is in another package.
 _ONE_POINT = {"BoTorchSampler", "BruteForceSampler", "GPSampler", "GridSampler"}
+# Seconds; a later deadline may be out of range for dates and for waiting threads.
+_FURTHEST = 100 * 365 * 86400.0
+# Seconds that SLURM's commands get to answer.
+_SLURM_TIMEOUT = 60.0
+_END_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 
 
 @dataclass(frozen=True)
@@ -130,3 +140,70 @@ def _check_choices(**given: tuple[Any, Any]) -> None:
         if not isinstance(value, (str, bool)) or value not in choices:
             listed = ", ".join(map(repr, choices))
             raise ValueError(f"`{name}` must be one of {listed} but got {value!r}.")
+
+
+def parse_deadline(
+    value: DeadlineOption, now: float, environment: Mapping[str, str] = os.environ
+) -> float:
+    """Return a deadline in seconds since the epoch.
+
+    A datetime without a zone is in local time.
+
+    Raises:
+        ValueError: If it is no duration, has passed, or the end of a SLURM job is unknown.
+        TypeError: If it is of another type.
+    """
+    if value == "slurm":
+        return _end_of_slurm_job(environment)
+    if not isinstance(value, datetime):
+        try:
+            deadline = now + parse_seconds(value, "deadline")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} Give a point in time as a datetime.") from None
+    elif (deadline := value.timestamp()) <= now:
+        raise ValueError(f"`deadline` must be in the future but got {value}.")
+    return min(deadline, now + _FURTHEST)
+
+
+def _end_of_slurm_job(environment: Mapping[str, str]) -> float:
+    given = environment.get("SLURM_JOB_END_TIME", "")
+    if given.isdecimal() and int(given) > 0:
+        return float(given)
+    job = environment.get("SLURM_JOB_ID")
+    if not job:
+        raise ValueError(
+            '`deadline="slurm"` needs a SLURM job, but neither SLURM_JOB_END_TIME nor '
+            "SLURM_JOB_ID is set. Pass a duration or a datetime instead."
+        )
+    answers = []
+    for command in (
+        ["squeue", "--noheader", "--jobs", job, "--format", "%e"],
+        ["scontrol", "show", "job", job],
+    ):
+        answer = _output(command, environment)
+        # The answer of `scontrol` has the start time as well.
+        found = _END_TIME.search(answer.rpartition("EndTime=")[2])
+        if found is not None:
+            return datetime.fromisoformat(found.group()).timestamp()
+        answers.append(f"{command[0]} said {' '.join(answer.split())[:200]!r}")
+    raise ValueError(
+        f'`deadline="slurm"` needs the end of SLURM job {job}, but {" and ".join(answers)}. '
+        "Pass a duration or a datetime instead, or start the job with a time limit."
+    )
+
+
+def _output(command: list[str], environment: Mapping[str, str]) -> str:
+    try:
+        return subprocess.run(
+            command,
+            env={**environment, "SLURM_TIME_FORMAT": "standard"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=_SLURM_TIMEOUT,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)

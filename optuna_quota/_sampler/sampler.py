@@ -33,7 +33,6 @@ from optuna_quota._metering import check_names, key_of, Meter, metering_loop
 from optuna_quota._projection.projection import Projection
 from optuna_quota._sampler import options
 from optuna_quota._sampler.candidates import CandidateFilter
-from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.integrations import adapt_tools
 from optuna_quota._sampler.row_cleanup import (
     clear_copied_attributes,
@@ -142,7 +141,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         strategy: Strategy | None = None,
         footprint: Usage | Callable[[dict[str, Any]], Usage] | Any = None,
         confidence: float = 0.95,
-        deadline: DeadlineOption | None = None,
+        deadline: options.DeadlineOption | None = None,
         limits: Limits | None = None,
         meters: Sequence[Meter] = (),
         on_exhausted: options.OnExhausted = "stop",
@@ -192,7 +191,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             gpus_per_trial=options.checked_gpus_per_trial(gpus_per_trial, one_gpu),
             metering=metering,
             lease=parse_seconds(lease, "lease"),
-            deadline=None if deadline is None else parse_deadline(deadline, time.time()),
+            deadline=None if deadline is None else options.parse_deadline(deadline, time.time()),
             n_candidates=n_candidates,
         )
         self._nested = self._nested or [self.base_sampler]
@@ -241,7 +240,11 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             # Another Trial object of a trial that already runs in this process.
             return
         try:
-            while asked and self._is_taken(whole, trial):
+            while (
+                asked
+                and _optuna.may_be_enqueued(trial)
+                and not self._session(whole).ledger.take_enqueued(trial)
+            ):
                 trial = _optuna.take_another_row(whole)
             clear_copied_attributes(whole, trial)
             self._admit(study, whole, trial)
@@ -256,10 +259,6 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 # For example by Ctrl-C while it waited.
                 enqueue_again(whole, trial, "could not start")
             raise
-
-    def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
-        is_new = not _optuna.may_be_enqueued(trial)
-        return not (is_new or self._session(study).ledger.take_enqueued(trial))
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)

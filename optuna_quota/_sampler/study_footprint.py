@@ -93,9 +93,7 @@ class StudyFootprint:
         self._options = options
         self._declared = options.declared
         self._calibrator = None
-        if isinstance(self.given, user_given.UserFootprint) and not isinstance(
-            self.given.usage, Usage
-        ):
+        if isinstance(self.given, user_given.UserFootprint) and self.given.function is not None:
             self._calibrator = user_given.FootprintCalibrator(self.given)
         # The forecast of the newest trial, and its upper bounds over recent points.
         self._reliable: BaseFootprint | None = self._earlier or self.given
@@ -176,14 +174,12 @@ class StudyFootprint:
         expected = self._reliable
         if expected is None or not held:
             return {}
-        points = self._known_points(_RECENT_BOUNDS)
-        if fixed and likely_completions(fixed, points) == [fixed]:
-            found = _upper_bounds(expected, [fixed])
+        points = self._possible_points(expected, fixed)
+        if points == [fixed]:
+            found = _upper_bounds(expected, points)
         elif self._recent_bounds is not None and self._recent_bounds[0] is expected:
             found = self._recent_bounds[1]
         else:
-            if not points and not isinstance(expected, user_given.UserFootprint):
-                points = list(expected.points[-_RECENT_BOUNDS:])
             found = _upper_bounds(expected, points)
             self._recent_bounds = expected, found
         return {name: min(found[name], most) for name, most in held.items() if name in found}
@@ -249,13 +245,9 @@ class StudyFootprint:
     ) -> float | None:
         """Return the median of the seconds that a trial takes, None while nothing is known."""
         expected = self._reliable or self.given
-        points = self._known_points(_RECENT_BOUNDS)
-        if fixed and likely_completions(fixed, points) == [fixed]:
-            points = [fixed]
-        elif not points:
-            points = list(getattr(expected, "points", ({},)))[-_RECENT_BOUNDS:]
         found: list[float] = []
         if expected is not None:
+            points = self._possible_points(expected, fixed)
             with contextlib.suppress(KeyError):  # a function of a parameter that it lacks
                 intervals = [expected.intervals(point) for point in points]
                 found = [each["wall_time"].median for each in intervals if "wall_time" in each]
@@ -306,6 +298,15 @@ class StudyFootprint:
         """Return recent points; for a user's function, which may need all, complete ones."""
         points = self._recent_points if self._calibrator is None else self._completed_points
         return points()[-count:]
+
+    def _possible_points(
+        self, expected: BaseFootprint, fixed: Mapping[str, Any]
+    ) -> list[Mapping[str, Any]]:
+        """Return the point of a trial with fixed parameters if that is known, else recent ones."""
+        points = self._known_points(_RECENT_BOUNDS)
+        if fixed and likely_completions(fixed, points) == [fixed]:
+            return [fixed]
+        return points or list(expected.points[-_RECENT_BOUNDS:])
 
     def _completed_points(self) -> list[Mapping[str, Any]]:
         recent = self.learner.observations[-_RECENT:]

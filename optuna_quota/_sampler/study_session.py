@@ -27,7 +27,7 @@ from optuna_quota._enforcement.trial_result import (
     record_result,
 )
 from optuna_quota._ledger.gpus import check_gpus_per_trial, gpus_here
-from optuna_quota._ledger.grant import left_for_trial, Refusal
+from optuna_quota._ledger.grant import left_for_trial, Refusal, refuse_late
 from optuna_quota._ledger.heartbeat import others_run, RunningTrial
 from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._limits import Limits, Quota
@@ -35,7 +35,6 @@ from optuna_quota._metering import Meter, Verdict
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
-from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.ranking import Ranking
 from optuna_quota._sampler.study_projection import project_study, QuotaOutlook, rejection

@@ -29,8 +29,9 @@ from optuna_quota import (
     Usage,
 )
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
+from optuna_quota._ledger.grant import refuse_late
 from optuna_quota._records import read_record
-from optuna_quota._sampler.deadline import parse_deadline, refuse_late
+from optuna_quota._sampler.options import parse_deadline
 from tests.isolation_tests.trials import needs_supervisor
 
 
