@@ -11,7 +11,6 @@ import threading
 import time
 from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from optuna.pruners import BasePruner, HyperbandPruner
 from optuna.study import Study
@@ -46,37 +45,25 @@ _GROWTH = 1.1
 _RETRY_AFTER = 0.005
 
 
-class UsageRecorder:
-    """Records the usage of running trials in their rows, rarely enough not to slow them.
+def record_usage(study: Study, trial: FrozenTrial, monitor: TrialMonitor, *, ends: bool) -> None:
+    """Record the usage of a running trial if that is due, and its end if it is pruned now.
 
     A pruner is not called when a trial ends, so its row keeps the last record.
     """
-
-    def __init__(self) -> None:
-        # By monitor: the memory that was last recorded, and when the next record is due.
-        self._last: WeakKeyDictionary[TrialMonitor, tuple[float, float]] = WeakKeyDictionary()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (UsageRecorder, ())
-
-    def record(
-        self, study: Study, trial: FrozenTrial, monitor: TrialMonitor, *, ends: bool
-    ) -> None:
-        """Record a trial's usage if that is due, and its end if it is pruned now."""
-        if monitor.recorded:
-            return
-        memory, due = self._last.get(monitor, (0.0, 0.0))
-        usage, started = monitor.usage(), time.perf_counter()
-        if ends:
-            monitor.recorded = True
-            record = build_record(monitor, usage, TrialState.PRUNED)
-        elif (usage.memory or 0.0) > memory * _GROWTH or started >= due:
-            record = TrialRecord(usage=usage, isolation=monitor.isolation)
-        else:
-            return
-        save_record(study, trial, record)
-        now = time.perf_counter()
-        self._last[monitor] = (usage.memory or 0.0, now + _SHARE * (now - started))
+    if monitor.recorded:
+        return
+    memory, due = monitor.last_record
+    usage, started = monitor.usage(), time.perf_counter()
+    if ends:
+        monitor.recorded = True
+        record = build_record(monitor, usage, TrialState.PRUNED)
+    elif (usage.memory or 0.0) > memory * _GROWTH or started >= due:
+        record = TrialRecord(usage=usage, isolation=monitor.isolation)
+    else:
+        return
+    save_record(study, trial, record)
+    now = time.perf_counter()
+    monitor.last_record = usage.memory or 0.0, now + _SHARE * (now - started)
 
 
 class QuotaPruner(_optuna.StudyPart, BasePruner):
@@ -141,7 +128,6 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
         self.limits = limits
         self.interrupt = interrupt
         self.meters = check_names(meters)
-        self._recorder = UsageRecorder()
         _optuna.watch_tell()
 
     def __getattr__(self, name: str) -> Any:
@@ -171,7 +157,7 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
             name = type(self.base_pruner).__name__
             monitor.verdict = Verdict("pruned", f"{name} pruned it{when}.")
         if monitor.owner == _OWNER:
-            self._recorder.record(study, trial, monitor, ends=pruned)
+            record_usage(study, trial, monitor, ends=pruned)
         return pruned
 
     def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor:
@@ -207,16 +193,12 @@ def wrap_nesting_pruner(study: Study) -> None:
     nested = [] if isinstance(pruner, QuotaPruner) else nesting.find_nested(pruner, QuotaPruner)
     if not nested:
         return
-    outer = QuotaPruner(
+    study.pruner = QuotaPruner(
         pruner,
         limits=nesting.pruner_limits(nested),
         interrupt=any(each.interrupt for each in nested),
         meters=nesting.pruner_meters(nested),
     )
-    # Each trial is recorded once, by the one that is called first.
-    for each in nested:
-        each._recorder = outer._recorder
-    study.pruner = outer
 
 
 # Without a QuotaSampler, the outer pruner may never call the nested one.

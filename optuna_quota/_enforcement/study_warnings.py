@@ -16,15 +16,14 @@ import threading
 
 from optuna import TrialPruned
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.nesting import find_nested, pruner_limits, quota_pruners
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Key, metering_loop, TrialMonitor, Verdict
-from optuna_quota._metering.host import cpu_count, host_memory_limit
+from optuna_quota._metering.host import cpu_count, host_memory_limit, total_memory
 from optuna_quota._metering.meter import forget_warnings
-from optuna_quota._metering.visible_gpus import total_memory
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
 from optuna_quota._storage_retry import retry
@@ -362,20 +361,16 @@ def _after_tell(study: Study, trial_id: int) -> None:
             "`study.optimize`, which keeps the sampler.",
         )
     if limits and row.state == TrialState.COMPLETE:
-        _warn_of_unmeasured(study, row, limits)
-
-
-def _warn_of_unmeasured(study: Study, row: FrozenTrial, limits: Limits) -> None:
-    if _records.read_record(row).isolation is not None:
-        note_topics(study, "unmeasured")
-        return
-    # The objective never called the pruner.
-    warn_once(
-        study,
-        "unmeasured",
-        f"Trial {row.number} completed without a check of its limits, {limits!r}. "
-        f"{_WHERE_STOPPED}",
-    )
+        if _records.read_record(row).isolation is not None:
+            note_topics(study, "unmeasured")
+            return
+        # The objective never called the pruner.
+        warn_once(
+            study,
+            "unmeasured",
+            f"Trial {row.number} completed without a check of its limits, {limits!r}. "
+            f"{_WHERE_STOPPED}",
+        )
 
 
 def _listen(study: Study, trial_id: int) -> None:

@@ -46,7 +46,7 @@ from optuna_quota._isolation.rpc import RemoteObjects, TRIAL, TrialHandle
 from optuna_quota._isolation.signals import read_signal_state
 from optuna_quota._limits import Limits
 from optuna_quota._metering import TrialMonitor
-from optuna_quota._metering.visible_gpus import device_memory
+from optuna_quota._metering.host import device_memory
 
 
 StartMethod = Literal["forkserver", "spawn", "fork"]

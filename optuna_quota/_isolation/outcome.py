@@ -27,8 +27,8 @@ from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import TrialMonitor, Verdict
 from optuna_quota._metering.breach import find_refused_breach
+from optuna_quota._metering.host import device_memory, free_memory
 from optuna_quota._metering.meter import DeviceShare, GpuUse
-from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import format_amount
 from optuna_quota._storage_retry import retry

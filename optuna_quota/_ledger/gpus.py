@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import os
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
+from optuna_quota._metering.host import memory_by_device, visible_gpus
 from optuna_quota._metering.meter import log_once
 from optuna_quota._metering.nvml import answer_in_time, GpuError
-from optuna_quota._metering.visible_gpus import memory_by_device, visible_gpus
 from optuna_quota._units import counted
 
 

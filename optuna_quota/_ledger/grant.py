@@ -21,8 +21,7 @@ from typing import Literal
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, is_held, ResourceRequest, Shortage
 from optuna_quota._limits import Limits, Quota
-from optuna_quota._metering import extension_threshold
-from optuna_quota._metering.breach import quota_bound
+from optuna_quota._metering.breach import extension_threshold, quota_bound
 from optuna_quota._resources import (
     CHARGED_RESOURCES,
     format_amount,

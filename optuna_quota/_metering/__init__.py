@@ -10,25 +10,12 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
 from optuna_quota._metering import gpu_meter
-from optuna_quota._metering.breach import extension_threshold
-from optuna_quota._metering.loop import MeteringLoop, TrialMonitor
-from optuna_quota._metering.meter import check_names, Meter
-from optuna_quota._metering.monitored_trial import Key, Verdict
+from optuna_quota._metering.loop import *  # noqa: F403 - all of its public names
+from optuna_quota._metering.loop import MeteringLoop
+from optuna_quota._metering.meter import *  # noqa: F403
+from optuna_quota._metering.monitored_trial import *  # noqa: F403
+from optuna_quota._metering.monitored_trial import Key
 from optuna_quota._optuna import number_of, storage_of, trial_id_of
-
-
-__all__ = [
-    "Key",
-    "Meter",
-    "MeteringLoop",
-    "TrialMonitor",
-    "Verdict",
-    "check_names",
-    "extension_threshold",
-    "key_of",
-    "metering_loop",
-    "replace_loop",
-]
 
 
 def key_of(study: Study, trial: BaseTrial | FrozenTrial) -> Key:

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 from optuna_quota._metering import nvml
 from optuna_quota._metering.gpu_reader import ANY_PID, GPU_TOTALS, GpuReader, GpuReading, growth
+from optuna_quota._metering.host import forget_gpus, has_gpu_open, visible_gpus
 from optuna_quota._metering.meter import DeviceShare, GpuUse, log_once, MeterReading
 from optuna_quota._metering.nvml import GpuError
-from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus
 from optuna_quota._resources import get_resource, GPU_RESOURCES
 
 
@@ -281,9 +281,19 @@ class GpuMeter:
             for reason, names in unknown.items():
                 found.update({name: known[name] for name in names if name in known})
                 unknown[reason] = [name for name in names if name not in known]
+        return self._without_unknown(found, unknown)
+
+    def _without_unknown(
+        self,
+        found: dict[str, MeterReading],
+        unknown: Mapping[str, Sequence[str]],
+        level: int = logging.WARNING,
+    ) -> dict[str, MeterReading]:
+        """Discard resources that are unknown; warn of limited ones at least."""
         for reason, names in unknown.items():
             if names:
-                self._warn(names, reason)
+                is_limited = self._limited.intersection(names)
+                self._warn(names, reason, level=logging.WARNING if is_limited else level)
                 found.update(dict.fromkeys(names, _LOST))
         return found
 
@@ -310,12 +320,7 @@ class GpuMeter:
         else:
             found.update(self._device_totals(reading, self._devices))
             unknown = {_NOT_REPORTED: [name for name in GPU_TOTALS if name not in found]}
-        for reason, names in unknown.items():
-            if names:
-                is_limited = self._limited.intersection(names)
-                self._warn(names, reason, level=logging.WARNING if is_limited else logging.INFO)
-                found.update(dict.fromkeys(names, _LOST))
-        return found
+        return self._without_unknown(found, unknown, logging.INFO)
 
     def _memory(
         self,

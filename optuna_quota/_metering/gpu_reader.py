@@ -291,21 +291,18 @@ class _DeviceReader:
                 between = time.thread_time()
                 if with_totals:
                     self._read_totals(reading, found, now)
-                self._add_totals(reading, found)
+                # The totals that were read last, and why others are unknown.
+                found.totals = self._totals
+                for resource, reason in self._unknown.items():
+                    reading.mark_unknown(found.held, resource, reason)
+                    if resource not in found.totals:
+                        found.unknown[resource] = reason
         except GpuError as error:
             if not error.lost:
                 raise
             # The other devices go on.
             self._lost = found.lost = error.reason
         return between - begun, time.thread_time() - between
-
-    def _add_totals(self, reading: GpuReading, found: DeviceReading) -> None:
-        """Add the totals that were read last, and why others are unknown."""
-        found.totals = self._totals
-        for resource, reason in self._unknown.items():
-            reading.mark_unknown(found.held, resource, reason)
-            if resource not in found.totals:
-                found.unknown[resource] = reason
 
     def _read_memory(self, reading: GpuReading, found: DeviceReading) -> None:
         # Before the list: what is in use then never includes a process that is not listed yet.

@@ -125,26 +125,27 @@ class LinuxProcess:
         shmem = _size(status, b"RssShmem:")
         held = _size(status, b"RssAnon:") + shmem + _size(status, b"VmSwap:")
         try:
-            rollup = _sizes(self._read("smaps_rollup"))
+            rollup = self._read("smaps_rollup")
         except OSError:
             # Where it has ended since then, what was read has pages in full that others hold too.
             has_ended = b"VmRSS:" not in self._read_status()
             return ProcessMemory(0, 0) if has_ended else ProcessMemory(held, held, shmem)
-        if b"Pss_Anon" not in rollup:  # before Linux 5.4
-            return ProcessMemory(held, min(held, rollup.get(b"Pss", held)), shmem)
+        if b"Pss_Anon:" not in rollup:  # before Linux 5.4
+            return ProcessMemory(held, min(held, _size(rollup, b"Pss:") or held), shmem)
         # From the same read as what is divided: what is added in between is not shared.
-        held = rollup.get(b"Anonymous", 0) + shmem + rollup.get(b"Swap", 0)
-        anonymous, divided = rollup[b"Pss_Anon"], rollup.get(b"Pss_Shmem", 0)
+        whole = _size(rollup, b"Anonymous:")
+        held = whole + shmem + _size(rollup, b"Swap:")
+        anonymous, divided = _size(rollup, b"Pss_Anon:"), _size(rollup, b"Pss_Shmem:")
         # Dirty pages with another holder are anonymous ones and shared memory; of the latter
         # there is at most twice what dividing has taken off.
-        common = rollup.get(b"Shared_Dirty", 0) - min(shmem, 2 * max(0, shmem - divided))
-        common = max(0, min(common, rollup.get(b"Anonymous", 0)))
+        common = _size(rollup, b"Shared_Dirty:") - min(shmem, 2 * max(0, shmem - divided))
+        common = max(0, min(common, whole))
         return ProcessMemory(
             held=held,
-            proportional=anonymous + divided + rollup.get(b"SwapPss", 0),
+            proportional=anonymous + divided + _size(rollup, b"SwapPss:"),
             shareable=shmem,
             common=common,
-            common_part=max(0, anonymous - (rollup.get(b"Anonymous", 0) - common)),
+            common_part=max(0, anonymous - (whole - common)),
             shareable_part=divided,
         )
 
@@ -234,11 +235,10 @@ class LinuxProcess:
                 os.close(handle)
 
     def close(self) -> None:
-        handles = (self._folder, self._stat, self._statm, self._status)
-        self._folder = self._stat = self._statm = self._status = -1
-        for handle in handles:
-            if handle >= 0:
-                os.close(handle)
+        for name in ("_folder", "_stat", "_statm", "_status"):
+            if getattr(self, name) >= 0:
+                os.close(getattr(self, name))
+                setattr(self, name, -1)
 
     def _open(self, name: str) -> int:
         return os.open(name, os.O_RDONLY, dir_fd=self._folder)
@@ -274,19 +274,9 @@ def has_swap() -> bool:
 
 
 def _size(text: bytes, name: bytes) -> int:
+    """Return the bytes of a line of that name, with its colon; 0 without one."""
     at = text.find(name)
     if at < 0:
         return 0
     at += len(name)
     return int(text[at : at + 24].split(None, 1)[0]) * 1024
-
-
-def _sizes(text: bytes) -> dict[bytes, int]:
-    """Return the bytes of all lines of that form, by name without the colon."""
-    found = {}
-    for line in text.splitlines():
-        name, _, rest = line.partition(b":")
-        fields = rest.split()
-        if len(fields) == 2 and fields[1] == b"kB":
-            found[name] = int(fields[0]) * 1024
-    return found

@@ -318,7 +318,7 @@ class MeteringLoop:
             now = self.now()
             is_quiet = now < self._others_due
             for tree in self.trees:
-                if now >= tree.due and tree.sample(now, self.trees.excluded(tree)):
+                if now >= tree.due and tree.sample(now):
                     is_quiet = False
             if is_quiet:
                 return self._seconds_to_next()
@@ -338,10 +338,7 @@ class MeteringLoop:
             return self._seconds_to_next()
 
     def _seconds_to_next(self) -> float | None:
-        due = self._others_due
-        for tree in self.trees:
-            due = min(due, tree.due)
-        return self._seconds_until(due)
+        return self._seconds_until(min([self._others_due, *(tree.due for tree in self.trees)]))
 
     def _seconds_until(self, due: float) -> float | None:
         return None if due == math.inf else max(0.0, due - self.now())

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import functools
 import logging
 import math
-import os
 from pathlib import Path
 import threading
 from typing import Literal, Protocol, runtime_checkable
+
+import psutil
 
 from optuna_quota._metering.timing import LONGEST_INTERVAL, next_due
 from optuna_quota._records import is_reserved
@@ -169,10 +170,12 @@ class TrialMeter(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release what is open; most meters have nothing open."""
+        return
 
 
-class CustomMeter:
+class CustomMeter(TrialMeter):
     """A user's own meter; its errors are caught."""
 
     eager = True
@@ -191,9 +194,6 @@ class CustomMeter:
             self._start = value
             return {}  # the usage is the growth from here
         return {self._meter.name: MeterReading(max(0.0, value - self._start), peak=False)}
-
-    def close(self) -> None:
-        """Do nothing."""
 
     def _value(self, pids: Sequence[int]) -> float | None:
         try:
@@ -311,19 +311,14 @@ def rapl() -> Rapl:
     return Rapl()
 
 
-def busy_seconds_of_host(stat: str, ticks: int) -> float:
-    """Return the CPU-seconds of all processors since the boot, from the text of /proc/stat."""
-    fields = [int(value) for value in stat.split("\n", 1)[0].split()[1:]]
-    # user nice system idle iowait irq softirq steal; guest time is part of user time.
-    busy = sum(fields[:8]) - sum(fields[3:5])
-    return busy / ticks
+def host_busy() -> float:
+    """Return the CPU-seconds of all processors since the boot."""
+    times = psutil.cpu_times()
+    # Guest time, which comes last, is part of user time.
+    return sum(times[:8]) - times.idle - times.iowait
 
 
-def _host_busy() -> float:
-    return busy_seconds_of_host(Path("/proc/stat").read_text(), os.sysconf("SC_CLK_TCK"))
-
-
-class ProcessorEnergyMeter:
+class ProcessorEnergyMeter(TrialMeter):
     """A trial's share of the energy of the host's processors, idle power included.
 
     The share is that of the host's busy CPU time between two readings: a trial that does all the
@@ -339,7 +334,7 @@ class ProcessorEnergyMeter:
         *,
         is_limited: bool = False,
         open_counters: Callable[[], Rapl] = rapl,
-        host_busy: Callable[[], float] = _host_busy,
+        host_busy: Callable[[], float] = host_busy,
     ) -> None:
         self.period = _PERIOD
         self._cpu_time = cpu_time
@@ -366,6 +361,3 @@ class ProcessorEnergyMeter:
         joules, busy, used = (b - a for a, b in zip(before, now, strict=True))
         self._joules += joules * min(1.0, used / busy) if busy > 0 else 0.0
         return {"energy": MeterReading(self._joules, peak=False, is_own=True)}
-
-    def close(self) -> None:
-        """Do nothing."""

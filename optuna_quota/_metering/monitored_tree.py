@@ -46,8 +46,15 @@ def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) ->
 class MonitoredTree:
     """A process tree and the trials that run in it: several if trials run in threads."""
 
-    def __init__(self, reader: ProcessTree, pid: int | None, now: float) -> None:
+    def __init__(
+        self,
+        reader: ProcessTree,
+        pid: int | None,
+        now: float,
+        excluded: Callable[[MonitoredTree], Collection[int]],
+    ) -> None:
         self.reader = reader
+        self._excluded = excluded  # Returns the roots of subtrees that don't belong to it
         self.pid = pid  # Its root, made for one trial; None for this process
         self.pids: tuple[int, ...] = ()
         self.due = now
@@ -62,25 +69,26 @@ class MonitoredTree:
         self._growth = timing.ASSUMED_GROWTH
         self._period = timing.LONGEST_INTERVAL  # between samples far from any limit
 
-    def add(self, trial: MonitoredTrial, now: float, without: Collection[int]) -> None:
+    def add(self, trial: MonitoredTrial, now: float) -> None:
         """Add a trial; if several run in the tree at once, they are marked as shared."""
         if self.trials:
-            self.read(now, without)  # what was used so far is not the new trial's
+            self.read(now)  # what was used so far is not the new trial's
         self.trials[trial] = ThreadTime()
         self._quiet_below = -math.inf
         if len(self.trials) == 1:
-            self._begin(trial, now, without)
+            self._begin(trial, now)
         else:
             for each, thread in self.trials.items():
                 each.mark_shared()
                 thread.growth()  # counts from now
+        self.schedule(now)
 
-    def _begin(self, trial: MonitoredTrial, now: float, without: Collection[int]) -> None:
+    def _begin(self, trial: MonitoredTrial, now: float) -> None:
         """Take the first reading of a trial that is alone in the tree."""
         with contextlib.suppress(OSError):
             self.reader.reset_peak()
         self.update_thresholds()
-        reading = self._measure(without, thorough=True)
+        reading = self._measure(thorough=True)
         self._memory, self._cpu_time = reading.memory, reading.cpu_time
         trial.record_memory(now, reading.memory, None)
         trial.held = reading.memory if self.pid is None else None
@@ -89,14 +97,14 @@ class MonitoredTree:
             trial.used.add("cpu_time", 0.0 if self.pid is None else reading.cpu_time)
         self.update_thresholds()
 
-    def sample(self, now: float, without: Collection[int]) -> bool:
+    def sample(self, now: float) -> bool:
         """Measure as cheaply as possible; return whether to check for a breach.
 
         Mostly a quick reading shows that memory is no higher than before and far from its limit,
         and that is enough.
         """
         thorough, before = now >= self._thorough_due, self.pids
-        reading = self._measure(without, thorough=thorough)
+        reading = self._measure(thorough=thorough)
         memory = reading.memory
         is_quiet = not thorough and memory is not None and memory <= self._quiet_below
         # The peak of a process that is alone is the kernel's; of several, more samples find it.
@@ -108,11 +116,13 @@ class MonitoredTree:
         self.schedule(now)
         return not is_quiet
 
-    def read(self, now: float, without: Collection[int]) -> None:
+    def read(self, now: float) -> None:
         """Measure thoroughly, and record each trial's part."""
-        self._record(self._measure(without, thorough=True), now, thorough=True)
+        self._record(self._measure(thorough=True), now, thorough=True)
+        self.schedule(now)
 
-    def _measure(self, without: Collection[int], *, thorough: bool) -> TreeReading:
+    def _measure(self, *, thorough: bool) -> TreeReading:
+        without = self._excluded(self)
         try:
             reading = self.reader.read(thorough=thorough, without=without, ceiling=self._ceiling)
         except OSError as error:
@@ -179,11 +189,17 @@ class MonitoredTree:
         self._memory, self._read_at = memory, now
 
     def _apportion(self, spent: float) -> None:
+        """Split CPU-seconds of the tree by those of each trial's own thread, evenly if all are 0.
+
+        Those of BLAS's and other helper threads are split in proportion: the sum over trials is
+        exact, the parts are estimates.
+        """
         weights = [1.0]
         if len(self.trials) > 1:
             weights = [thread.growth() for thread in self.trials.values()]
-        for trial, share in zip(self.trials, apportion(spent, weights), strict=True):
-            trial.used.add("cpu_time", share)
+        whole = sum(weights)
+        for trial, weight in zip(self.trials, weights, strict=True):
+            trial.used.add("cpu_time", spent * (weight / whole if whole > 0 else 1 / len(weights)))
 
     def schedule(self, now: float) -> None:
         """Set when to measure next: sooner near a limit."""
@@ -211,16 +227,10 @@ class MonitoredTrees:
         """Return the tree that a trial runs in, None without one."""
         return next((tree for tree in self._trees if trial in tree.trials), None)
 
-    def excluded(self, tree: MonitoredTree) -> Sequence[int]:
-        """Return the roots of subtrees that don't belong to a tree."""
-        others = [t.pid for t in self._trees if t.pid is not None and t is not tree]
-        return others if tree.pid is not None else [*others, *self.excluded_pids]
-
     def read(self, trial: MonitoredTrial, now: float) -> None:
         tree = self.of(trial)
         if tree is not None:
-            tree.read(now, self.excluded(tree))
-            tree.schedule(now)
+            tree.read(now)
 
     def relax(self, trial: MonitoredTrial, now: float) -> None:
         """Sample a trial that has a breach at the usual interval again."""
@@ -236,10 +246,13 @@ class MonitoredTrees:
         if tree is None:
             if pid is None:
                 self._own = reader = self._own or self._open_tree(None)
-            tree = MonitoredTree(reader or self._open_tree(pid), pid, now)
+            tree = MonitoredTree(reader or self._open_tree(pid), pid, now, self._excluded)
             self._trees.append(tree)
-        tree.add(trial, now, self.excluded(tree))
-        tree.schedule(now)
+        tree.add(trial, now)
+
+    def _excluded(self, tree: MonitoredTree) -> Sequence[int]:
+        others = [t.pid for t in self._trees if t.pid is not None and t is not tree]
+        return others if tree.pid is not None else [*others, *self.excluded_pids]
 
     def remove(self, trial: MonitoredTrial) -> None:
         tree = self.of(trial)
@@ -294,15 +307,3 @@ class ThreadTime:
             return time.clock_gettime(self._clock)
         except OSError:
             return 0.0
-
-
-def apportion(spent: float, weights: Sequence[float]) -> list[float]:
-    """Split CPU-seconds of a process by weight, evenly if all weights are 0.
-
-    The weights are the CPU-seconds of each trial's own thread. Those of BLAS's and other helper
-    threads are split in proportion: the sum over trials is exact, the parts are estimates.
-    """
-    whole = sum(weights)
-    if whole <= 0:
-        return [spent / len(weights) for _ in weights]
-    return [spent * weight / whole for weight in weights]

@@ -133,6 +133,8 @@ class MonitoredTrial:
         # Which component writes the trial's record, ``"sampler"`` for the sampler.
         self.owner: str | None = None
         self.recorded = False
+        # The memory that was last recorded while it runs, and when the next record is due.
+        self.last_record = (0.0, 0.0)
         self.is_finished = False  # Whether it has its result: later usage is no breach
         self.closed = False  # Whether metering has ended
         # Environment variables of the trial's own process, such as the GPU assigned to it.

@@ -49,24 +49,21 @@ _FINAL = {"final": True}
 _LOST = {"final": True, "lost": True}
 _TOO_OLD = "the driver is too old for it"
 _ERRORS: dict[str, tuple[str, dict[str, bool]]] = {
-    "NVML_ERROR_UNINITIALIZED": ("NVML was shut down", _FINAL),
-    "NVML_ERROR_DRIVER_NOT_LOADED": ("the NVIDIA driver is not loaded", _FINAL),
-    "NVML_ERROR_LIBRARY_NOT_FOUND": ("NVML's library was not found", _FINAL),
-    "NVML_ERROR_LIB_RM_VERSION_MISMATCH": ("NVML's version is not the driver's", _FINAL),
-    "NVML_ERROR_UNKNOWN": ("the NVIDIA driver failed", _FINAL),
-    "NVML_ERROR_OPERATING_SYSTEM": (
-        "the NVIDIA driver was blocked by the operating system",
-        _FINAL,
-    ),
-    "NVML_ERROR_GPU_IS_LOST": ("a GPU is lost to the driver", _LOST),
-    "NVML_ERROR_RESET_REQUIRED": ("a GPU must be reset", _LOST),
-    "NVML_ERROR_IRQ_ISSUE": ("the NVIDIA driver has a problem with a GPU's interrupts", _LOST),
-    "NVML_ERROR_NOT_SUPPORTED": ("the GPU does not support it", {}),
-    "NVML_ERROR_NO_PERMISSION": ("the driver does not permit it", {}),
-    "NVML_ERROR_FUNCTION_NOT_FOUND": (_TOO_OLD, {}),
-    "NVML_ERROR_ARGUMENT_VERSION_MISMATCH": ("the driver's version does not match", {}),
+    "UNINITIALIZED": ("NVML was shut down", _FINAL),
+    "DRIVER_NOT_LOADED": ("the NVIDIA driver is not loaded", _FINAL),
+    "LIBRARY_NOT_FOUND": ("NVML's library was not found", _FINAL),
+    "LIB_RM_VERSION_MISMATCH": ("NVML's version is not the driver's", _FINAL),
+    "UNKNOWN": ("the NVIDIA driver failed", _FINAL),
+    "OPERATING_SYSTEM": ("the NVIDIA driver was blocked by the operating system", _FINAL),
+    "GPU_IS_LOST": ("a GPU is lost to the driver", _LOST),
+    "RESET_REQUIRED": ("a GPU must be reset", _LOST),
+    "IRQ_ISSUE": ("the NVIDIA driver has a problem with a GPU's interrupts", _LOST),
+    "NOT_SUPPORTED": ("the GPU does not support it", {}),
+    "NO_PERMISSION": ("the driver does not permit it", {}),
+    "FUNCTION_NOT_FOUND": (_TOO_OLD, {}),
+    "ARGUMENT_VERSION_MISMATCH": ("the driver's version does not match", {}),
+    **dict.fromkeys(("NOT_FOUND", "NO_DATA", "NOT_READY"), ("", {"nothing": True})),
 }
-_NOTHING = ("NVML_ERROR_NOT_FOUND", "NVML_ERROR_NO_DATA", "NVML_ERROR_NOT_READY")
 
 
 class NvmlDevice:
@@ -286,11 +283,9 @@ def _call(pynvml: Any, function: str, *arguments: Any) -> Any:
 
 def _translate(pynvml: Any, error: Any) -> GpuError:
     code = getattr(error, "value", None)
-    for name, (reason, marks) in _ERRORS.items():
-        if code == getattr(pynvml, name, object()):
-            return GpuError(reason, **marks)
-    nothing = any(code == getattr(pynvml, name, object()) for name in _NOTHING)
-    return GpuError(f"NVML says {str(error)!r}", nothing=nothing)
+    codes = (name for name in _ERRORS if code == getattr(pynvml, f"NVML_ERROR_{name}", object()))
+    reason, marks = _ERRORS.get(next(codes, ""), ("", {}))
+    return GpuError(reason or f"NVML says {str(error)!r}", **marks)
 
 
 def _amount(value: Any) -> int | None:

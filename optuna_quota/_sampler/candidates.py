@@ -15,7 +15,7 @@ import contextlib
 from dataclasses import dataclass, field, replace
 import logging
 import threading
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from optuna import samplers
@@ -61,6 +61,9 @@ _ACTIONS = {
 _MAX_REDRAWS = 16
 _MAX_PARAM_REDRAWS = 8
 
+Point: TypeAlias = "dict[str, Any]"
+Space: TypeAlias = "dict[str, BaseDistribution]"
+
 
 def replacement_for(sampler: samplers.BaseSampler, on_veto: OnVeto) -> OnVeto:
     """Return what replaces a refused point: ``"redraw"``, ``"nearest"`` or ``"skip"``."""
@@ -80,10 +83,10 @@ class _TrialPoint:
     forecast: Forecast = field(default_factory=Forecast)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
-    base_space: dict[str, BaseDistribution] = field(default_factory=dict)
-    common: dict[str, BaseDistribution] = field(default_factory=dict)
-    space: dict[str, BaseDistribution] = field(default_factory=dict)
-    drawn: dict[str, Any] = field(default_factory=dict)
+    base_space: Space = field(default_factory=dict)
+    common: Space = field(default_factory=dict)
+    space: Space = field(default_factory=dict)
+    drawn: Point = field(default_factory=dict)
     rejected: PointVerdict | None = None
     is_audit: bool = False
     ranked: RankedTrial | None = None  # None where the first point runs
@@ -198,9 +201,7 @@ class CandidateFilter:
             storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
             write_attributes(storage, trial_id, user={PROPOSED: None})
 
-    def relative_space(
-        self, trial: FrozenTrial, space: dict[str, BaseDistribution]
-    ) -> dict[str, BaseDistribution]:
+    def relative_space(self, trial: FrozenTrial, space: Space) -> Space:
         """Return the parameters to draw together: the base sampler's, and those of all trials.
 
         A point is judged as a whole, so parameters that the base sampler would draw one by one are
@@ -215,9 +216,7 @@ class CandidateFilter:
         more = {n: each for n, each in added if n not in space and not each.single()}
         return {**space, **more}
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    def sample_relative(self, study: Study, trial: FrozenTrial, space: Space) -> Point:
         """Return an admitted point; raise TrialRejected if there is none."""
         state = self._state(trial)
         admission = state.admission
@@ -226,14 +225,14 @@ class CandidateFilter:
         state.space = dict(space)
         # A PartialFixedSampler around ours has taken out what it fixes.
         state.base_space = {n: each for n, each in state.base_space.items() if n in space}
-        first = self._draw(study, trial, space)
+        first = self._draw(study, trial)
         verdict = state.judge(first)
         if not verdict.admitted and self._audit(study, trial, first, verdict):
             state.drawn = first
             return first
-        found, action = self._choose(study, trial, space, first, verdict), "redrawn"
+        found, action = self._choose(study, trial, first, verdict), "redrawn"
         if found is None and admission is not None:
-            found, action = self._replace(study, trial, admission, space, first)
+            found, action = self._replace(study, trial, admission, first)
         if found is None:
             raise self._reject(study, trial, first, verdict)
         if not verdict.admitted:
@@ -309,33 +308,27 @@ class CandidateFilter:
             return True
         return bool(past) and likely_completions(point, past) == [point]
 
-    def _draw(
-        self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    def _draw(self, study: Study, trial: FrozenTrial) -> Point:
         """Draw a whole point; parameters that the base sampler omits are drawn one by one."""
         state = self._state(trial)
         drawn = dict(self._base.sample_relative(study, trial, state.base_space))
         # In the order of suggestion, so that a seed gives the values that it gives without limits.
         # Conditional parameters are omitted: the trial may never suggest them.
         for name in state.common:
-            if name in space and name not in drawn and name not in state.fixed:
-                drawn[name] = self._base.sample_independent(study, trial, name, space[name])
+            if name in state.space and name not in drawn and name not in state.fixed:
+                distribution = state.space[name]
+                drawn[name] = self._base.sample_independent(study, trial, name, distribution)
         return drawn
 
     def _choose(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        space: dict[str, BaseDistribution],
-        first: dict[str, Any],
-        verdict: PointVerdict,
-    ) -> dict[str, Any] | None:
+        self, study: Study, trial: FrozenTrial, first: Point, verdict: PointVerdict
+    ) -> Point | None:
         """Return the first point if it is admitted, or with ranking the best admitted one."""
         state, last = self._state(trial), first
         admitted = [first] if verdict.admitted else []
-        if state.ranked is not None and state.ranked.differs_within(space):
+        if state.ranked is not None and state.ranked.differs_within(state.space):
             for _ in range(state.ranked.n_points - 1):
-                last = self._draw(study, trial, space)
+                last = self._draw(study, trial)
                 if state.judge(last).admitted:
                     admitted.append(last)
         if not admitted:
@@ -348,24 +341,19 @@ class CandidateFilter:
             self._share(study, trial, admitted[index])
         return admitted[index]
 
-    def _share(self, study: Study, trial: FrozenTrial, point: Mapping[str, Any]) -> None:
+    def _share(self, study: Study, trial: FrozenTrial, point: Point) -> None:
         """Tell the base sampler which point runs, unless it drew that point last."""
         base_space = self._state(trial).base_space
         relative = {name: point[name] for name in base_space if name in point}
         _optuna.share_relative_params(_optuna.unwrap_study(study), trial, relative)
 
     def _replace(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        admission: PointAdmission,
-        space: dict[str, BaseDistribution],
-        first: dict[str, Any],
-    ) -> tuple[dict[str, Any] | None, str]:
+        self, study: Study, trial: FrozenTrial, admission: PointAdmission, first: Point
+    ) -> tuple[Point | None, str]:
         """Return an admitted point instead of the first one, and how it was found."""
         state, last = self._state(trial), first
         for _ in range(_MAX_REDRAWS if self._replacement == "redraw" else 0):
-            before, last = last, self._draw(study, trial, space)
+            before, last = last, self._draw(study, trial)
             if state.judge(last).admitted:
                 return last, "redrawn"
             if last == before:
@@ -373,13 +361,13 @@ class CandidateFilter:
                 break
         if self._replacement == "skip" or self._keeps_point:
             return None, ""
-        near = nearest_admitted(admission, last, space, state.fixed, self._generator)
+        near = nearest_admitted(admission, last, state.space, state.fixed, self._generator)
         if near is not None:
             self._share(study, trial, near)
         return near, "moved"
 
     def _audit(
-        self, study: Study, trial: FrozenTrial, point: Mapping[str, Any], verdict: PointVerdict
+        self, study: Study, trial: FrozenTrial, point: Point, verdict: PointVerdict
     ) -> bool:
         """Count a refusal; return whether to run the point nevertheless, as an audit."""
         if verdict.by_quota:
@@ -397,7 +385,7 @@ class CandidateFilter:
         return due
 
     def _reject(
-        self, study: Study, trial: FrozenTrial, point: Mapping[str, Any], verdict: PointVerdict
+        self, study: Study, trial: FrozenTrial, point: Point, verdict: PointVerdict
     ) -> TrialRejected:
         """Complete the row of a trial that is not run, and return the error to raise."""
         state = self._state(trial)
@@ -432,12 +420,7 @@ class CandidateFilter:
                 _logger.debug(f"Trial {trial.number}: {name} is not in the row: {fault}")
 
     def _record(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        point: Mapping[str, Any],
-        verdict: PointVerdict,
-        action: str,
+        self, study: Study, trial: FrozenTrial, point: Point, verdict: PointVerdict, action: str
     ) -> None:
         """Write a refused point into the row, and log the first one of the study."""
         proposed = proposed_object(
@@ -447,8 +430,9 @@ class CandidateFilter:
         write_attributes(storage, trial_id, user={PROPOSED: proposed})
         with self._lock:
             logged, self._logged = self._logged, True
-        (_logger.debug if logged else _logger.info)(
-            f"Trial {trial.number}: the point drawn was refused; {_ACTIONS[action]}. "
-            f"{verdict.reason}"
-            + ("" if logged else f" Later ones are only recorded in {PROPOSED!r}.")
-        )
+        text = f"Trial {trial.number}: the point drawn was refused; {_ACTIONS[action]}."
+        if logged:
+            _logger.debug(f"{text} {verdict.reason}")
+        else:
+            later = f"Later ones are only recorded in {PROPOSED!r}."
+            _logger.info(f"{text} {verdict.reason} {later}")

@@ -267,7 +267,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             # Its `should_prune` is what stops trials in process.
             whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
         session = self._session(whole)
-        limits = nesting.agreed_limits(self.limits, nesting.pruner_limits(pruners), _PLACES)
+        limits = self._limits_of(whole)
         session.describe(whole, limits)
         session.share_settings(whole, limits)
         n_jobs = None if self.strategy is None else self.strategy.n_jobs

@@ -98,10 +98,10 @@ class StudySession:
                 study, self._quota, limits, warn="settings" not in self._logged
             )
             self._shared_limits = limits if shared else None
-            if not shared:
+            if shared:
+                self.ledger.set_bounds(limits)
+            else:
                 self._logged.add("settings")
-        if shared:
-            self.ledger.set_bounds(limits)
 
     def check_outlook(self, study: Study, limits: Limits) -> None:
         """Log early what the strategy will most likely use, and apply ``on_projected``."""
@@ -126,7 +126,8 @@ class StudySession:
     def begin_point(self, study: Study, trial: FrozenTrial, ceilings: Limits) -> None:
         self._promise_earlier(_optuna.trial_id_of(trial))
         totals, n_beside = self.ledger.left(trial)
-        left = self._near_end(totals, n_beside)
+        is_near_end = self._least_needs(totals, n_beside)
+        left = self.candidates.footprint.margins().within(totals) if is_near_end else {}
         self.candidates.begin(study, trial, ceilings, self.ledger.trials, left, totals)
 
     def start_trial(
@@ -167,11 +168,6 @@ class StudySession:
         totals, _ = self.ledger.left(trial, free=free)
         left = self.candidates.footprint.margins().within(totals)
         self.candidates.set_left(study, trial, left)
-
-    def _near_end(self, left: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
-        if not self._least_needs(left, n_beside):
-            return {}
-        return self.candidates.footprint.margins().within(left)
 
     def _least_needs(self, left: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
         footprint = self.candidates.footprint
@@ -278,10 +274,6 @@ class StudySession:
         median, left = last.median or 0.0, last.limit or 0.0
         return Refusal(last.resource or "", median, left, median, reason=reason, final=True)
 
-    def _may_stop(self, study: Study, refusal: Refusal) -> bool:
-        is_quiet = refusal.by_deadline or self._options.on_exhausted == "stop"
-        return is_quiet and _optuna.in_optimize_loop(study)
-
     def is_ending(self, study: Study) -> bool:
         return _optuna.is_optimize_ending(study) or self._preemption.is_late
 
@@ -294,16 +286,17 @@ class StudySession:
         """
         if refusal.of_any:
             enqueue_again(study, trial, "could not start here")
-        figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
-        figures |= {"temporary": refusal.temporary}
-        may_stop = self._may_stop(study, refusal) and objective_uses_trial(study)
-        if not (refusal.late or may_stop):
-            raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
+        figures: dict[str, Any] = {"resource": refusal.resource, "quota": refusal.quota}
+        figures |= {"observed": refusal.used, "temporary": refusal.temporary}
+        is_quiet = refusal.by_deadline or self._options.on_exhausted == "stop"
+        may_stop = is_quiet and _optuna.in_optimize_loop(study)
+        if not (refusal.late or (may_stop and objective_uses_trial(study))):
+            raise QuotaExhausted(refusal.reason, **figures)
         self._refused.add(_optuna.trial_id_of(trial))
         record_rejection(study, trial, refusal.reason)
 
         def raise_rejected() -> NoReturn:
-            raise TrialRejected(refusal.reason, **figures)  # type: ignore[arg-type]
+            raise TrialRejected(refusal.reason, **figures)
 
         _optuna.raise_on_next_suggest(trial, raise_rejected)
         if refusal.late:

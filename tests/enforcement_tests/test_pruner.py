@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import _optuna, Limits, Quota, QuotaPruner, QuotaSampler, Usage
-from optuna_quota._metering import key_of, metering_loop
+from optuna_quota._metering import key_of, metering_loop, TrialMonitor
 from optuna_quota._records import read_record
 
 
@@ -182,13 +182,14 @@ def test_alone_it_counts_time_from_the_start_of_the_trial() -> None:
 
 
 def test_alone_it_closes_monitors_of_trials_that_ended() -> None:
-    pruner = QuotaPruner(limits=ROOM)
-    study = alone(pruner)
+    study = alone(QuotaPruner(limits=ROOM))
     study.optimize(checks_once, n_trials=100)
     gc.collect()
     assert sum(metering_loop().find(key_of(study, t)) is not None for t in study.trials) <= 1
     assert len(metering_loop()._monitors) <= 1
-    assert len(pruner._recorder._last) <= 1
+    keys = {key_of(study, trial) for trial in study.trials}
+    alive = [each for each in gc.get_objects() if type(each) is TrialMonitor and each.key in keys]
+    assert len(alive) <= 1
 
 
 @pytest.mark.parametrize(

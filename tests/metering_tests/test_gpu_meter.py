@@ -18,8 +18,8 @@ import pytest
 from optuna_quota._metering import nvml
 from optuna_quota._metering.gpu_meter import GpuMeter
 from optuna_quota._metering.gpu_reader import GpuReader
+from optuna_quota._metering.host import has_gpu_open
 from optuna_quota._metering.nvml import GpuSample
-from optuna_quota._metering.visible_gpus import has_gpu_open
 from tests.waiting import until
 
 
@@ -194,13 +194,13 @@ def test_the_files_that_a_process_has_open(
     assert has_gpu_open([os.getpid()]) in (None, True, False)
     gpu = tmp_path / "nvidia0"
     gpu.touch()
-    monkeypatch.setattr("optuna_quota._metering.visible_gpus._DRIVER_FILES", (str(gpu),))
-    monkeypatch.setattr("optuna_quota._metering.visible_gpus._GPU_FILES", (str(gpu),))
+    monkeypatch.setattr("optuna_quota._metering.host._DRIVER_FILES", (str(gpu),))
+    monkeypatch.setattr("optuna_quota._metering.host._GPU_FILES", (str(gpu),))
     with gpu.open() as file, subprocess.Popen(["sleep", "60"], stdin=file) as process:
         assert has_gpu_open([process.pid]) is True
         process.kill()
     assert has_gpu_open([process.pid]) is False
-    monkeypatch.setattr("optuna_quota._metering.visible_gpus._DRIVER_FILES", ())
+    monkeypatch.setattr("optuna_quota._metering.host._DRIVER_FILES", ())
     assert has_gpu_open([os.getpid()]) is None
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+import sys
 import threading
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Usage
 from optuna_quota._metering import check_names
 from optuna_quota._metering.loop import MeteringLoop
 from optuna_quota._metering.meter import (
-    busy_seconds_of_host,
     forget_warnings,
+    host_busy,
     MeterReading,
     ProcessorEnergyMeter,
     Rapl,
@@ -266,5 +269,10 @@ def test_without_counters_there_is_no_energy(
     assert "A quota on energy counts none of it" in caplog.text
 
 
-def test_busy_seconds_of_the_host_leave_out_idle_and_waiting() -> None:
-    assert busy_seconds_of_host("cpu  100 0 50 900 300 10 20 20 5 0\ncpu0 1\n", 100) == 2.0
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_busy_seconds_of_the_host_leave_out_idle_and_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    (tmp_path / "stat").write_text("cpu  100 0 50 900 300 10 20 20 5 0\ncpu0 1\n")
+    assert host_busy() * os.sysconf("SC_CLK_TCK") == pytest.approx(200)

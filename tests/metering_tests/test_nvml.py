@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from optuna_quota._metering import nvml as nvml_module
+from optuna_quota._metering.host import forget_gpus
 from optuna_quota._metering.nvml import answer_in_time, DriverThread
-from optuna_quota._metering.visible_gpus import forget_gpus
 from tests.metering_tests.conftest import FakeNvml
 
 
