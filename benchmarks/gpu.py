@@ -31,8 +31,8 @@ import optuna
 
 from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 from optuna_quota._metering.gpu_meter import gpu_reader
-from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.host import visible_gpus
+from optuna_quota._metering.nvml import GpuError
 
 
 MIB = 2**20
