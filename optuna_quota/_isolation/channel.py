@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import hmac
 import io
 import itertools
-import os
 import pickle
-import select
 import socket
 import struct
 import sys
 from types import FrameType, TracebackType
 from typing import Any
+
+import psutil
 
 
 _HEADER = struct.Struct("!Q")
@@ -213,15 +213,8 @@ class TrialConnections:
         self.disconnect()
         pid, self.supervisor = self.supervisor, None
         if pid is not None:
-            with contextlib.suppress(OSError):
-                handle = os.pidfd_open(pid)
-                try:
-                    poll = select.poll()
-                    poll.register(handle, select.POLLIN)
-                    poll.poll(_EXIT_TIME * 1000)
-                finally:
-                    os.close(handle)
-                os.waitpid(pid, os.WNOHANG)
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(pid).wait(_EXIT_TIME)
 
 
 # Exceptions.

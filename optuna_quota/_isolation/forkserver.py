@@ -69,26 +69,14 @@ class Prepare:
 
 
 @dataclass(frozen=True)
-class Importing:
-    """Sent before the answer: this module is being imported."""
-
-    name: str
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """The answer to :class:`Prepare`."""
+    """The answer to :class:`Prepare`, after the name of each module as it was about to load it."""
 
     # Those of modules that could not be imported, by name; trials start without these
     errors: Mapping[str, str]
     main: MainModule | None  # The main module that was made, without statements if these failed
-
-
-@dataclass(frozen=True)
-class UnsafeModule:
-    """Last answer: forks are unsafe after this import, because of its threads or the GPU."""
-
-    name: str
+    # After this import, forks are unsafe because of its threads or the GPU: the last answer
+    unsafe: str | None = None
 
 
 class ForkServer:
@@ -155,31 +143,20 @@ class ForkServer:
             self._spare = None
         sys.path[:] = request.path
         errors, main = {}, request.main
+        names = [name for name in request.modules if name not in sys.modules]
         with _modules_may_open_files():
-            for name in request.modules:
-                if name not in sys.modules:
-                    self._announce(name)
-                    error = _preload(name)
-                    if error is not None:
-                        errors[name] = error
-                    self._require_safe_forks(name)
-            if main is not None:
-                self._announce("__main__")
-                main = _make_main_module(main)
-                self._require_safe_forks("__main__")
+            for name in [*names, *([] if main is None else ["__main__"])]:
+                if linux.is_ready(self._channel.fileno(), 0.0, to_write=True):
+                    self._channel.send(name)  # else the study reads nothing: it is stopped
+                if name == "__main__" and main is not None:
+                    main = _make_main_module(main)
+                elif (error := _preload(name)) is not None:
+                    errors[name] = error
+                if not _can_fork():
+                    self._channel.send(Prepared(errors, main, unsafe=name))
+                    raise SystemExit
         _prepare_to_fork()
         self._channel.send(Prepared(errors, main))
-
-    def _announce(self, module: str) -> None:
-        writable = select.poll()
-        writable.register(self._channel.fileno(), select.POLLOUT)
-        if writable.poll(0):  # else the study reads nothing: it is stopped
-            self._channel.send(Importing(module))
-
-    def _require_safe_forks(self, module: str) -> None:
-        if not _can_fork():
-            self._channel.send(UnsafeModule(module))
-            raise SystemExit
 
     def _is_idle(self) -> bool:
         return len(self._supervisors) == (0 if self._spare is None else 1)
@@ -369,27 +346,23 @@ def _run_trial(
     cgroup: Cgroup | None,
     inherited: InheritedObjective | None,
 ) -> NoReturn:
-    code = 1
-    try:
-        # A session of its own: a trial that signals its process group must not hit its supervisor.
-        os.setsid()
-        linux.die_with_parent(supervisor)
-        if cgroup is not None:
-            with contextlib.suppress(OSError):
-                cgroup.add(os.getpid())
-        if faulthandler.is_enabled():
-            linux.enlarge_signal_stack()
-        handle_job_signals()
-        if inherited is None:
-            handles = (channel.fileno(), link.fileno(), crash_file, parent)
-            _close_all_but(*handles, *_opened_by_modules)
-        else:
-            # A garbage collection would copy the inherited pages.
-            gc.freeze()
-        become_child(f"Trial-{supervisor}", parent)
-        code = run_child(channel, link=link, crash_file=crash_file, inherited=inherited)
-    finally:
-        os._exit(code)
+    # A session of its own: a trial that signals its process group must not hit its supervisor.
+    os.setsid()
+    linux.die_with_parent(supervisor)
+    if cgroup is not None:
+        with contextlib.suppress(OSError):
+            cgroup.add(os.getpid())
+    if faulthandler.is_enabled():
+        linux.enlarge_signal_stack()
+    handle_job_signals()
+    if inherited is None:
+        handles = (channel.fileno(), link.fileno(), crash_file, parent)
+        _close_all_but(*handles, *_opened_by_modules)
+    else:
+        # A garbage collection would copy the inherited pages.
+        gc.freeze()
+    become_child(f"Trial-{supervisor}", parent)
+    os._exit(run_child(channel, link=link, crash_file=crash_file, inherited=inherited))
 
 
 _opened_by_modules: set[int] = set()

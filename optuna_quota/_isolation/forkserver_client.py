@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 import contextlib
-import io
+import functools
 import logging
 import os
 from pathlib import Path
-import select
 import socket
 import subprocess
 import sys
 import threading
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
+from optuna_quota._isolation import linux
 from optuna_quota._isolation.channel import Channel, TrialConnections
-from optuna_quota._isolation.forkserver import (
-    Importing,
-    Prepare,
-    Prepared,
-    SpawnRequest,
-    UnsafeModule,
-)
+from optuna_quota._isolation.forkserver import Prepare, Prepared, SpawnRequest
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.modules import (
     loaded_modules,
@@ -55,9 +49,83 @@ _EXIT_TIME = 5.0
 
 
 class _Unsafe(OSError):
+    """Forks are unsafe after the import of a module, or it ends or hangs the fork server."""
+
     def __init__(self, module: str) -> None:
         super().__init__(f"{module} is unsafe before a fork.")
         self.module = module
+
+
+class _ForkServer:
+    """One process of the fork server, its connection, and what it has loaded."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        # For a request that its buffer has no room for, and the rest of an answer.
+        ours.settimeout(ANSWER_TIME)
+        self.channel = Channel(ours)
+        # What it writes to its standard error; in memory, as a read-only container or a full disk
+        # has no other place.
+        self.errors = os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
+        self.environ = dict(os.environ)
+        self.loaded: set[str] = set()
+        self.files: dict[str, int] = {}  # When files of loaded modules were last changed
+        # The main module that it was to make, and the one that it has made.
+        self.wanted_main: MainModule | None = None
+        self.main: MainModule | None = None
+        with theirs, block_job_signals():
+            self.process = subprocess.Popen(
+                interpreter("forkserver", theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.errors,
+                start_new_session=True,
+                pass_fds=(theirs.fileno(),),
+            )
+        # Neither it nor its forks are part of a trial in this process.
+        metering_loop().trees.excluded_pids.add(self.process.pid)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.errors.close()
+
+    def load(
+        self, modules: list[str], main: MainModule | None, optional: Container[str]
+    ) -> Mapping[str, str]:
+        """Load modules and make the main module; return the errors of modules by name.
+
+        Raises _Unsafe for an ``optional`` module that ends the fork server or hangs.
+        """
+        self.loaded.update(modules)
+        self.files.update(modification_times(modules))
+        awaited, module = "The start of Python or of an import", ""
+        try:
+            self.channel.send(Prepare(tuple(sys.path), modules, main))
+            while True:
+                _wait(self.channel, LEARNED_TIME if module in optional else ANSWER_TIME)
+                answer = self.channel.receive()
+                if isinstance(answer, Prepared):
+                    break
+                module = answer
+                awaited = f"The import of {'this script' if module == _MAIN else repr(module)}"
+        except (EOFError, ConnectionError, TimeoutError) as error:
+            if module in optional:
+                raise _Unsafe(module) from None
+            if isinstance(error, TimeoutError):
+                raise _overdue(awaited) from None
+            raise
+        if answer.unsafe is not None:
+            raise _Unsafe(answer.unsafe)
+        if main is not None:
+            self.wanted_main, self.main = main, answer.main
+        return answer.errors
+
+    def describe_exit(self) -> str:
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        if not lines:
+            return "The fork server exited without output."
+        return f"The fork server exited: {lines[-1]}"
 
 
 class ForkServerClient:
@@ -70,26 +138,18 @@ class ForkServerClient:
     def __init__(self, *, one_trial: bool = False) -> None:
         self._one_trial = one_trial
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
-        self._errors: BinaryIO = io.BytesIO()  # what it writes to its standard error
+        self._server: _ForkServer | None = None
         # Processes that exit by themselves once they have served their requests.
         self._retired: list[subprocess.Popen[bytes]] = []
-        # Modules to load, in their order; those loaded, the times of their files, and the
-        # environment that they were loaded in.
+        self._main: MainModule | None = None
+        # Modules to load, in their order.
         self._wanted: dict[str, None] = {}
         self._known_modules: tuple[int, str] | None = None
-        self._loaded: dict[str, None] = {}
-        self._files: dict[str, int] = {}
-        self._environ: dict[str, str] = {}
-        self._main: MainModule | None = None
-        self._prepared: MainModule | None = None
-        # Modules that trials have imported; no other trial waits for one that fails here.
+        # Those that trials have imported; no other trial waits for one that fails here.
         self._learned: set[str] = set()
-        # Modules after which forks are unsafe.
+        # Those after which forks are unsafe.
         self._unsafe: set[str] = set()
-        # Those that the user has named, and of these, those that can't be imported.
-        self._named: set[str] = set()
+        # Those named by the user that can't be imported, once this was logged.
         self._warned: set[str] = set()
 
     def for_one_trial(self) -> ForkServerClient:
@@ -102,8 +162,15 @@ class ForkServerClient:
     def prepare(self, preload: Sequence[str] = ()) -> MainModule:
         """Load this process's modules and its main module for trials."""
         with self._lock:
-            self._update_wanted(preload)
-            return self._with_server(self._prepare)
+            self._main = find_main_module()
+            loaded = loaded_modules()
+            if loaded != self._known_modules:
+                # What is imported later is mostly this library's or Optuna's.
+                names = modules_to_preload(everything=self._known_modules is None)
+                self._known_modules = loaded
+                self._wanted.update(dict.fromkeys(names))
+            self._wanted.update(dict.fromkeys(preload))
+            return self._with_server(functools.partial(self._prepare, preload))
 
     def learn(self, modules: Iterable[str]) -> None:
         """Load modules that a trial has imported, before the next trial starts."""
@@ -114,9 +181,10 @@ class ForkServerClient:
     def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> TrialConnections:
         """Start a trial's processes, with open files and in a control group."""
 
-        def launch(channel: Channel) -> TrialConnections:
-            self._prepare(channel)
-            return request_trial(channel, SpawnRequest(cgroup, self._one_trial), descriptors)
+        def launch(server: _ForkServer) -> TrialConnections:
+            self._prepare((), server)
+            request = SpawnRequest(cgroup, self._one_trial)
+            return request_trial(server.channel, request, descriptors)
 
         with self._lock:
             return self._with_server(launch)
@@ -124,7 +192,8 @@ class ForkServerClient:
     def reset(self) -> None:
         """Let the fork server exit and use another one from now on; running trials continue."""
         with self._lock:
-            self._discard()
+            self._retire(self._server)
+            self._server = None
 
     def close(self) -> None:
         """Let the fork server exit and wait for it; running trials continue."""
@@ -136,139 +205,82 @@ class ForkServerClient:
                 # It does not notice that it is not needed while it imports a module.
                 process.kill()
 
-    def _update_wanted(self, preload: Sequence[str]) -> None:
-        main = find_main_module()
-        if main != self._main:
-            # Another script's, or the same one edited: the former can't be unloaded.
-            if self._prepared is not None:
-                self._discard()
-            self._main = main
-        loaded = loaded_modules()
-        if loaded != self._known_modules:
-            # What is imported later is mostly this library's or Optuna's.
-            names = modules_to_preload(everything=self._known_modules is None)
-            self._known_modules = loaded
-            self._wanted.update(dict.fromkeys(names))
-        self._wanted.update(dict.fromkeys(preload))
-        self._named.update(preload)
-
-    def _with_server(self, act: Callable[[Channel], T]) -> T:
+    def _with_server(self, act: Callable[[_ForkServer], T]) -> T:
         """Call a function with the fork server, again with a new one if it has exited."""
         faults = 0
         while True:
-            channel = self._connect()
+            if self._server is None or self._is_outdated(self._server):
+                self._retire(self._server)
+                self._server = None
+                self._server = _ForkServer()
+            # Kept only after a whole answer, which is another request's after an interrupt.
+            server, self._server = self._server, None
             try:
-                return act(channel)
+                result = act(server)
+                self._server = server
+                return result
+            except _Unsafe as error:
+                # Each costs a fork server, and there may be many of them.
+                self._unsafe.add(error.module)
+                server.process.kill()  # it exits by itself, unless it hangs
             except TimeoutError:
-                if self._process is not None:
-                    self._process.kill()
-                self._discard()
+                server.process.kill()
                 raise
             except (OSError, EOFError) as error:
-                reason = self._describe_exit()
-                if isinstance(error, _Unsafe) and self._process is not None:
-                    self._process.kill()  # it exits by itself, unless it hangs
-                self._discard()
-                if isinstance(error, _Unsafe) and error.module not in self._unsafe:
-                    # Each costs a fork server, and there may be many of them.
-                    self._unsafe.add(error.module)
-                    continue
                 faults += 1
                 if faults == _ATTEMPTS:
-                    raise OSError(reason) from error
-            except BaseException:
-                # An interrupt (Ctrl-C): a later request must not receive this answer.
-                self._discard()
-                raise
+                    raise OSError(server.describe_exit()) from error
+            finally:
+                if self._server is None:
+                    self._retire(server)
 
-    def _connect(self) -> Channel:
-        if self._channel is not None and self._is_alive() and not self._is_stale():
-            return self._channel
-        self._discard()
-        ours, theirs = socket.socketpair()
-        # For a request that its buffer has no room for, and the rest of an answer.
-        ours.settimeout(ANSWER_TIME)
-        with theirs:
-            command = interpreter("forkserver", theirs.fileno())
-            # In memory: a read-only container or a full disk has no other place.
-            self._errors = os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
-            self._environ = dict(os.environ)
-            with block_job_signals():
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=self._errors,
-                    start_new_session=True,
-                    pass_fds=(theirs.fileno(),),
-                )
-        # Neither it nor its forks are part of a trial in this process.
-        metering_loop().trees.excluded_pids.add(self._process.pid)
-        self._channel = Channel(ours)
-        self._loaded, self._files, self._prepared = {}, {}, None
-        return self._channel
+    def _is_outdated(self, server: _ForkServer) -> bool:
+        return (
+            server.process.poll() is not None
+            or any(modified(file) != time for file, time in server.files.items())
+            # Another script, or the same one edited: the former can't be unloaded.
+            or (server.main is not None and server.wanted_main != self._main)
+            # Libraries read their variables when they are imported.
+            or (server.environ != os.environ and bool(self._new_modules(server)))
+        )
 
-    def _is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def _is_stale(self) -> bool:
-        if any(modified(file) != time for file, time in self._files.items()):
-            return True
-        # Libraries read their variables when they are imported.
-        return bool(self._new_modules()) and self._environ != os.environ
-
-    def _prepare(self, channel: Channel) -> MainModule:
-        new, main = self._new_modules(), self._main or MainModule()
-        makes_main = self._prepared is None and _MAIN not in self._unsafe
+    def _prepare(self, preload: Sequence[str], server: _ForkServer) -> MainModule:
+        new, main = self._new_modules(server), self._main or MainModule()
+        makes_main = server.main is None and _MAIN not in self._unsafe
         if new or makes_main:
-            self._loaded.update(dict.fromkeys(new))
-            self._files.update(modification_times(new))
-            request = Prepare(tuple(sys.path), new, main if makes_main else None)
-            answer = _ask(channel, request, self._learned)
-            self._prepared = answer.main or self._prepared
-            for name in self._named & (answer.errors.keys() - self._warned):
+            errors = server.load(new, main if makes_main else None, self._learned)
+            for name in (errors.keys() & set(preload)) - self._warned:
                 self._warned.add(name)
                 _logger.warning(
                     f"`preload` names {name!r}, which can't be imported in a new process: "
-                    f"{answer.errors[name]}. Trials start without it."
+                    f"{errors[name]}. Trials start without it."
                 )
-        return self._prepared or main
+        return server.main or main
 
-    def _new_modules(self) -> list[str]:
+    def _new_modules(self, server: _ForkServer) -> list[str]:
         """Return the modules to load; of a package with an unsafe module, those before it.
 
         Each unsafe module costs a new fork server, for which the trial waits.
         """
         new, unsafe_packages = [], set()
         for name in self._wanted:
-            if name not in self._loaded:
-                package = name.partition(".")[0]
-                if name in self._unsafe:
-                    unsafe_packages.add(package)
-                elif package not in unsafe_packages:
-                    new.append(name)
+            package = name.partition(".")[0]
+            if name in server.loaded:
+                continue
+            if name in self._unsafe:
+                unsafe_packages.add(package)
+            elif package not in unsafe_packages:
+                new.append(name)
         return new
 
-    def _discard(self) -> None:
-        channel, self._channel = self._channel, None
-        process, self._process = self._process, None
-        self._prepared = None
-        self._errors.close()
-        if channel is not None:
-            channel.close()
-        if process is not None:
-            self._retired.append(process)
+    def _retire(self, server: _ForkServer | None) -> None:
+        if server is not None:
+            server.close()
+            self._retired.append(server.process)
         for ended in [p for p in self._retired if p.poll() is not None]:
             with contextlib.suppress(ValueError):  # another thread was faster
                 self._retired.remove(ended)
             metering_loop().trees.excluded_pids.discard(ended.pid)
-
-    def _describe_exit(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        if not lines:
-            return "The fork server exited without output."
-        return f"The fork server exited: {lines[-1]}"
 
 
 _BOOT = (
@@ -328,52 +340,25 @@ def request_trial(
             "files (`ulimit -n`)."
         )
     channel, control = (Channel(socket.socket(fileno=handle)) for handle in handles)
+    trial = TrialConnections(channel, control)
     try:
-        with contextlib.ExitStack() as stack:
-            streams = [_standard_stream(number, stack) for number in (1, 2)]
-            channel.send_descriptors([*streams, *descriptors])
+        with open(os.devnull, "wb") as null:
+            streams = [n if _is_standard_open(n) else null.fileno() for n in (1, 2)]
+            trial.channel.send_descriptors([*streams, *descriptors])
     except OSError:
-        channel.close()
-        control.close()
+        trial.close()
         raise
-    return TrialConnections(channel, control)
+    return trial
 
 
-def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
-    """Return a standard stream's descriptor, that of a null device if it is closed."""
-    try:
-        # Where it was closed from the start, another file may have its number.
-        if (sys.__stdout__, sys.__stderr__)[number - 1] is None:
-            raise OSError
+def _is_standard_open(number: int) -> bool:
+    # Where it was closed from the start, another file may have its number.
+    if (sys.__stdout__, sys.__stderr__)[number - 1] is None:
+        return False
+    with contextlib.suppress(OSError):
         os.fstat(number)
-    except OSError:
-        number = os.open(os.devnull, os.O_WRONLY)
-        stack.callback(os.close, number)
-    return number
-
-
-def _ask(server: Channel, request: Prepare, optional: Collection[str] = ()) -> Prepared:
-    awaited, module = "The start of Python or of an import", ""
-    try:
-        server.send(request)
-        while True:
-            _wait(server, LEARNED_TIME if module in optional else ANSWER_TIME)
-            answer = server.receive()
-            if isinstance(answer, UnsafeModule):
-                raise _Unsafe(answer.name)
-            if isinstance(answer, Prepared):
-                return answer
-            assert isinstance(answer, Importing)
-            module, is_main = answer.name, answer.name == _MAIN
-            awaited = f"The import of {'this script' if is_main else repr(module)}"
-    except (EOFError, ConnectionError):
-        if module in optional:
-            raise _Unsafe(module) from None
-        raise
-    except TimeoutError:
-        if module in optional:
-            raise _Unsafe(module) from None
-        raise _overdue(awaited) from None
+        return True
+    return False
 
 
 def _overdue(awaited: str) -> TimeoutError:
@@ -383,13 +368,11 @@ def _overdue(awaited: str) -> TimeoutError:
 
 def _wait(server: Channel, seconds: float) -> None:
     """Wait for a message; raises TimeoutError, where pauses of this process don't count."""
-    poll = select.poll()
-    poll.register(server.fileno(), select.POLLIN)
     clock = RunningClock()
     due = clock() + seconds
     while not server.pending():
         clock.fall_asleep(_LOOK_PERIOD)
-        is_ready = poll.poll(_LOOK_PERIOD * 1000)
+        is_ready = linux.is_ready(server.fileno(), _LOOK_PERIOD)
         clock.wake_up()
         if is_ready:
             return

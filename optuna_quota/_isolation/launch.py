@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 import contextlib
 import ctypes
 from dataclasses import dataclass
@@ -84,15 +84,6 @@ class CannotStart(Exception):
         super().__init__(reason)
 
 
-@contextlib.contextmanager
-def starting() -> Iterator[None]:
-    """Raise CannotStart for an OSError in the block, which is not an error of the objective."""
-    try:
-        yield
-    except OSError as error:
-        raise CannotStart(error) from error
-
-
 @dataclass
 class TrialLauncher:
     """Starts a trial's processes, then sends their first messages."""
@@ -103,17 +94,14 @@ class TrialLauncher:
     monitor: TrialMonitor
     remote: RemoteObjects
     cores: Cores | None
-    _to_send: tuple[messages.BeginMonitoring, messages.StartTrial, Payload] | None = None
+    _to_send: tuple[messages.StartTrial, Payload] | None = None
 
     def launch(self) -> TrialConnections:
-        """Start the processes; raises CannotStart if that fails."""
+        """Start the processes; raises OSError if that fails."""
         method = self.options.start_method
         if not linux.can_supervise():
-            main = find_main_module().without_statements()
-            payload = dump_objective(self.objective, self.remote, main)
-            with starting():
-                connections = _launch_portable()
-            return self._prepare_messages(connections, payload, main)
+            self._prepare_messages(find_main_module().without_statements())
+            return _launch_portable()
         if method == "fork":
             return self._fork()
         client = fork_server_client()
@@ -121,11 +109,8 @@ class TrialLauncher:
             client = client.for_one_trial()
         before = self.monitor.elapsed
         try:
-            with starting():
-                main = client.prepare(self.options.preload)
-            payload = dump_objective(self.objective, self.remote, main)
-            with starting():
-                connections = client.launch(_delegated_cgroup(), payload.descriptors)
+            descriptors = self._prepare_messages(client.prepare(self.options.preload))
+            connections = client.launch(_delegated_cgroup(), descriptors)
         except NeedsFork:
             # The default start method of multiprocessing where such a lock is created.
             if linux.uses_cuda():
@@ -136,7 +121,7 @@ class TrialLauncher:
                 client.reset()
         # What the fork server loads first serves all trials, so this one is not charged for it.
         self.monitor.detach(waited=self.monitor.elapsed - before)
-        return self._prepare_messages(connections, payload, main)
+        return connections
 
     def _fork(self) -> TrialConnections:
         if linux.uses_cuda():
@@ -145,9 +130,8 @@ class TrialLauncher:
                 "process can't use; choose 'forkserver'."
             )
         # Before the fork: after it, each page that this process writes to is copied.
-        start = self._start_message(None, MainModule())
         inherited = messages.InheritedObjective(
-            start,
+            self._start_message(None, MainModule()),
             self._monitoring(),
             self.objective,
             generators=find_generators(self.objective),
@@ -157,11 +141,9 @@ class TrialLauncher:
         prepare_logging(reset=False)
         flush_streams()
         _end_openmp_threads()
-        with starting():
-            parent = os.pidfd_open(os.getpid())
+        parent = os.pidfd_open(os.getpid())
         try:
-            with starting():
-                return fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
+            return fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
         finally:
             os.close(parent)
 
@@ -169,21 +151,17 @@ class TrialLauncher:
         """Send the messages; while the trial runs, it alone holds what was sent to it."""
         to_send, self._to_send = self._to_send, None
         if to_send is not None:
-            monitoring, start, payload = to_send
+            start, payload = to_send
             with contextlib.suppress(ConnectionError):
-                connections.control.send(monitoring)
+                connections.control.send(self._monitoring())
                 connections.channel.send(start)
                 payload.send(connections.channel)
 
-    def _prepare_messages(
-        self, connections: TrialConnections, payload: Payload, main: MainModule
-    ) -> TrialConnections:
-        try:
-            self._to_send = self._monitoring(), self._start_message(payload, main), payload
-        except BaseException:
-            connections.close()
-            raise
-        return connections
+    def _prepare_messages(self, main: MainModule) -> Sequence[int]:
+        """Make the messages, and return the open files that the trial needs."""
+        payload = dump_objective(self.objective, self.remote, main)
+        self._to_send = self._start_message(payload, main), payload
+        return payload.descriptors
 
     def _start_message(self, payload: Payload | None, main: MainModule) -> messages.StartTrial:
         trial, monitor = self.trial, self.monitor

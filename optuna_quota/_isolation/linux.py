@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import select
 import signal
 import sys
 
@@ -130,6 +131,13 @@ def uses_cuda() -> bool:
                 if os.readlink(f"/proc/self/fd/{name}").startswith("/dev/nvidia-uvm"):
                     return True
     return False
+
+
+def is_ready(handle: int, seconds: float | None = None, *, to_write: bool = False) -> bool:
+    """Wait for a descriptor, forever unless ``seconds`` are given; return whether it is ready."""
+    poll = select.poll()
+    poll.register(handle, select.POLLOUT if to_write else select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 # The tree of this process.

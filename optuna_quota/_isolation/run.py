@@ -34,12 +34,7 @@ from optuna_quota._isolation import messages
 from optuna_quota._isolation.child import is_in_preparation
 from optuna_quota._isolation.cores import core_pool, Cores
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.launch import (
-    CannotStart,
-    IsolationOptions,
-    starting,
-    TrialLauncher,
-)
+from optuna_quota._isolation.launch import CannotStart, IsolationOptions, TrialLauncher
 from optuna_quota._isolation.lost_changes import describe_lost_changes
 from optuna_quota._isolation.outcome import INTERRUPTED, OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
@@ -149,28 +144,24 @@ class TrialRun:
 
     def _run(self, cores: Cores | None) -> Any:
         objective = self._bind(self._trial)
-        server = None
         for attempt in range(_ATTEMPTS):
             try:
-                with starting():
-                    remote = RemoteObjects(self._trial)
-                with contextlib.closing(remote):
-                    server = self._start_and_serve(objective, remote, cores)
+                server = self._start_and_serve(objective, cores)
                 break
+            except CannotStart as error:
+                return self._resolver.crash(
+                    messages.ExitReport(exitcode=None), str(error), hint=""
+                )
             except NotStarted:
                 # The fork server had ended, or the processes that it had ready were killed.
                 fork_server_client().reset()
                 if attempt == _ATTEMPTS - 1:
                     return self._resolver.crash(messages.ExitReport(exitcode=None), _NOT_STARTED)
-            except CannotStart as error:
-                report = messages.ExitReport(exitcode=None)
-                return self._resolver.crash(report, str(error), hint="")
-        assert server is not None
-        if server.outcome is not None and self._options.start_method == "forkserver":
-            fork_server_client().learn(server.outcome.late_imports)
-        changed = () if server.outcome is None else server.outcome.changed
-        if changed and self._study is not None:
-            text = describe_lost_changes(self._trial.number, changed)
+        outcome = server.outcome
+        if outcome is not None and self._options.start_method == "forkserver":
+            fork_server_client().learn(outcome.late_imports)
+        if outcome is not None and outcome.changed and self._study is not None:
+            text = describe_lost_changes(self._trial.number, outcome.changed)
             warn_once(self._study, "changes", text)
         if self._ended_outside is not None:
             return self._resolver.end_finished_outside(server, self._ended_outside)
@@ -178,46 +169,42 @@ class TrialRun:
         if reason is not None and self._resolver.has_ended_early(server):
             return self._resolver.preempt(server, reason, self._options.grace_period)
         value = self._resolver.resolve(server)
-        if self._forecast is not None and isinstance(server.outcome, messages.Returned):
+        if self._forecast is not None and isinstance(outcome, messages.Returned):
             self._forecast.remember()
         return value
 
-    def _start_and_serve(
-        self, objective: Callable[..., Any], remote: RemoteObjects, cores: Cores | None
-    ) -> Server:
-        launcher = TrialLauncher(
-            objective, self._options, self._trial, self._monitor, remote, cores
-        )
-        connections = launcher.launch()
-        try:
-            with starting():
-                server = Server(connections, remote, self, label=f"Trial {self._trial.number}")
-        except CannotStart:
-            connections.close()
-            raise
-        self._server = server
-        # Until the objective begins, only time counts.
-        self._monitor.on_breach(self._stop_for_time)
-        try:
-            with self._preemption.handled_by(
-                self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
-            ):
-                launcher.begin(connections)
-                server.serve()
-        except KeyboardInterrupt:
-            self._interrupt(server)
-            # As in plain Optuna, an objective may catch it and return a value.
-            if not (
-                isinstance(server.outcome, messages.Returned) and server.outcome.stop_requested
-            ):
+    def _start_and_serve(self, objective: Callable[..., Any], cores: Cores | None) -> Server:
+        trial, closing = self._trial, contextlib.closing
+        with contextlib.ExitStack() as stack:
+            try:
+                remote = stack.enter_context(closing(RemoteObjects(trial)))
+                launcher = TrialLauncher(
+                    objective, self._options, trial, self._monitor, remote, cores
+                )
+                connections = stack.enter_context(closing(launcher.launch()))
+                server = Server(connections, remote, self, label=f"Trial {trial.number}")
+            except OSError as error:  # no error of the objective
+                raise CannotStart(error) from error
+            stack.callback(server.close)
+            self._server = server
+            # Until the objective begins, only time counts.
+            self._monitor.on_breach(self._stop_for_time)
+            try:
+                with self._preemption.handled_by(
+                    self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
+                ):
+                    launcher.begin(connections)
+                    server.serve()
+            except KeyboardInterrupt:
+                self._interrupt(server)
+                # As in plain Optuna, an objective may catch it and return a value.
+                outcome = server.outcome
+                if not (isinstance(outcome, messages.Returned) and outcome.stop_requested):
+                    raise
+                self._monitor.verdict = None
+            except BaseException:
+                server.kill()
                 raise
-            self._monitor.verdict = None
-        except BaseException:
-            server.kill()
-            raise
-        finally:
-            connections.close()
-            server.close()
         return server
 
     def _interrupt(self, server: Server) -> None:

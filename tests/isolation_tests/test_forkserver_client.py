@@ -43,6 +43,11 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerClient]:
     found.close()
 
 
+def loaded(client: ForkServerClient) -> set[str]:
+    assert client._server is not None
+    return client._server.loaded
+
+
 def quadratic(trial: optuna.Trial) -> float:
     return trial.suggest_float("x", -1, 1) ** 2
 
@@ -101,7 +106,7 @@ def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
     client._wanted.update(dict.fromkeys(["long_to_load"]))
     study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=3)))
     study.optimize(isolated(quadratic), n_trials=1)
-    assert "long_to_load" in client._loaded
+    assert "long_to_load" in loaded(client)
     record = read_record(study.trials[0])
     assert record.outcome == "completed"
     assert record.usage.wall_time is not None
@@ -221,8 +226,8 @@ def test_a_package_full_of_threads_costs_one_fork_server(
     client._wanted.update(dict.fromkeys([f"full_of_threads.{name}" for name in "abcd"]))
     client.launch(None).close()
     assert client._unsafe == {"full_of_threads.a"}
-    assert {"full_of_threads", "full_of_threads.quiet"} <= client._loaded.keys()
-    assert "full_of_threads.b" not in client._loaded
+    assert {"full_of_threads", "full_of_threads.quiet"} <= loaded(client)
+    assert "full_of_threads.b" not in loaded(client)
 
 
 @pytest.mark.slow
@@ -305,7 +310,7 @@ def test_modules_may_take_long_together(
     client.prepare()
     monkeypatch.setattr(forkserver_client, "ANSWER_TIME", 3.0)
     client.prepare(names)
-    assert set(names) <= client._loaded.keys()
+    assert set(names) <= loaded(client)
 
 
 def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
@@ -313,8 +318,8 @@ def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
     loop = metering_loop()
     try:
         client.launch(None).close()
-        assert client._process is not None
-        server = client._process.pid
+        assert client._server is not None
+        server = client._server.process.pid
         assert server in loop.trees.excluded_pids
         watch = loop.monitor((0, 0))
         target = loop.trees.of(watch)
@@ -323,7 +328,6 @@ def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
     finally:
         client.close()
         client.reset()
-        client._errors.close()
     assert server not in loop.trees.excluded_pids
 
 

@@ -174,8 +174,9 @@ def test_helper_processes_survive_a_signal(monkeypatch: pytest.MonkeyPatch) -> N
     fork_server_client().reset()
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
-    server = fork_server_client()._process
-    assert server is not None
+    fork_server = fork_server_client()._server
+    assert fork_server is not None
+    server = fork_server.process
     # The next trial's process and its supervisor; those of the first one may still be ending.
     ended = study.trials[0].user_attrs["pids"]
     waiting: list[psutil.Process] = []
