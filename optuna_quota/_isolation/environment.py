@@ -21,8 +21,9 @@ import pickle
 import sys
 from typing import Any, NamedTuple
 
+import cloudpickle
+
 from optuna_quota._isolation.cores import threads_by_variables
-from optuna_quota._isolation.log_libraries import read_structlog, set_structlog
 from optuna_quota._isolation.main_module import MainModule, make_main_module
 from optuna_quota._isolation.module_state import (
     is_plain,
@@ -131,10 +132,40 @@ def _apply(setting: Setting, value: Any, module: Any) -> None:
             setting.apply(module, value)
 
 
-def _by_functions(module: str, getter: str, setter: str) -> Setting:
-    return Setting(
-        module, operator.methodcaller(getter), lambda found, value: getattr(found, setter)(value)
-    )
+def _by_item(
+    module: str, read: Callable[[Any], dict[Any, Any]], assign: Callable[[Any, Any, Any], Any]
+) -> Setting:
+    """Return a setting of several items, of which those that differ are set one by one."""
+
+    def apply(found: Any, values: dict[Any, Any]) -> None:
+        present = read(found)
+        for name, value in values.items():
+            if present.get(name) != value:
+                with contextlib.suppress(*_UNAVAILABLE):
+                    assign(found, name, value)
+
+    return Setting(module, read, apply)
+
+
+def _by_functions(module: str, getters: Mapping[str, str]) -> Setting:
+    """Return what functions of a module set, by these, and read."""
+
+    def read(found: Any) -> dict[str, Any]:
+        values = {}
+        for name, getter in getters.items():
+            with contextlib.suppress(*_UNAVAILABLE):
+                values[name] = operator.attrgetter(getter)(found)()
+        return values
+
+    return _by_item(module, read, lambda m, name, v: operator.attrgetter(name)(m)(v))
+
+
+def _by_attributes(module: str, *paths: str) -> Setting:
+    def assign(found: Any, path: str, value: Any) -> None:
+        *parent, name = path.rsplit(".", 1)
+        setattr(operator.attrgetter(*parent)(found) if parent else found, name, value)
+
+    return _by_item(module, lambda m: {p: operator.attrgetter(p)(m) for p in paths}, assign)
 
 
 def _set_garbage_collection(module: Any, values: tuple[bool, tuple[int, int, int]]) -> None:
@@ -155,14 +186,6 @@ def _read_resource_limits(module: Any) -> dict[int, tuple[int, int]]:
     return {kind: module.getrlimit(kind) for kind in kinds}
 
 
-def _set_resource_limits(module: Any, values: dict[int, tuple[int, int]]) -> None:
-    for kind, limits in values.items():
-        if module.getrlimit(kind) != limits:
-            # Only root may raise a hard limit again.
-            with contextlib.suppress(ValueError, OSError):
-                module.setrlimit(kind, limits)
-
-
 def _traced_frames(tracemalloc: Any) -> int:
     return int(tracemalloc.is_tracing() and tracemalloc.get_traceback_limit())
 
@@ -176,14 +199,14 @@ def _trace_memory(tracemalloc: Any, frames: int) -> None:
 _PLAIN = (bool, int, float, str, list, tuple, type(None))
 
 
-def _numpy_printing(numpy: Any) -> dict[str, Any]:
-    # Not a formatter: it may be the script's own, which a trial has only later.
-    return {k: v for k, v in numpy.get_printoptions().items() if isinstance(v, _PLAIN)}
+def _plain_items(values: Mapping[str, Any]) -> dict[str, Any]:
+    # Not a function: it may be the script's own, which a trial has only later.
+    return {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
 
 
 def _rc_params(matplotlib: Any) -> dict[str, Any]:
     # Not by item: reading the backend selects one.
-    return {k: v for k, v in dict.items(matplotlib.rcParams) if isinstance(v, _PLAIN)}
+    return _plain_items(dict(dict.items(matplotlib.rcParams)))
 
 
 def _pandas_options(config: Any) -> dict[str, Any]:
@@ -202,45 +225,6 @@ def _pandas_option(config: Any, key: str) -> Any:
     return found
 
 
-def _set_pandas_options(config: Any, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        config.set_option(key, value)
-
-
-_TORCH_FLAGS = (
-    "cudnn.benchmark",
-    "cudnn.deterministic",
-    "cudnn.enabled",
-    "cuda.matmul.allow_tf32",
-    "cudnn.allow_tf32",
-    "mkldnn.enabled",
-)
-
-
-def _torch_flags(torch: Any) -> dict[str, Any]:
-    return {path: operator.attrgetter(path)(torch.backends) for path in _TORCH_FLAGS}
-
-
-def _set_torch_flags(torch: Any, values: dict[str, Any]) -> None:
-    for path, value in values.items():
-        parent, _, name = path.rpartition(".")
-        owner = operator.attrgetter(parent)(torch.backends)
-        if getattr(owner, name) != value:
-            setattr(owner, name, value)
-
-
-_ATTENTION = ("cudnn", "flash", "math", "mem_efficient")
-
-
-def _attention(backend: Any) -> dict[str, bool]:
-    return {name: getattr(backend, f"{name}_sdp_enabled")() for name in _ATTENTION}
-
-
-def _set_attention(backend: Any, values: dict[str, bool]) -> None:
-    for name, value in values.items():
-        getattr(backend, f"enable_{name}_sdp")(value)
-
-
 def _default_device(torch: Any) -> str | None:
     # Not by `get_default_device`, which makes a tensor there: this process would take GPU memory.
     modes = reversed(torch.overrides._get_current_function_mode_stack())
@@ -256,16 +240,16 @@ def _autocast(torch: Any) -> dict[str, tuple[bool, str]]:
     }
 
 
-def _set_autocast(torch: Any, values: dict[str, tuple[bool, str]]) -> None:
-    for kind, (enabled, dtype) in values.items():
-        torch.set_autocast_enabled(kind, enabled)
-        torch.set_autocast_dtype(kind, getattr(torch, dtype.removeprefix("torch.")))
+def _set_autocast(torch: Any, kind: str, value: tuple[bool, str]) -> None:
+    enabled, dtype = value
+    torch.set_autocast_enabled(kind, enabled)
+    torch.set_autocast_dtype(kind, getattr(torch, dtype.removeprefix("torch.")))
 
 
 def _joblib_config(parallel: Any) -> dict[str, Any]:
     # What is left at its default has no plain value.
     config = getattr(parallel._backend, "config", {})
-    found = {name: value for name, value in config.items() if isinstance(value, _PLAIN)}
+    found = _plain_items(config)
     backend: Any = config.get("backend")
     for name, kind in parallel.BACKENDS.items():
         if type(backend) is kind:
@@ -309,27 +293,10 @@ def _set_thread_pools(threadpoolctl: Any, numbers: dict[str, int]) -> None:
             library.set_num_threads(numbers[library.filepath])
 
 
-def _jax_options(jax: Any) -> dict[str, Any]:
-    return {k: v for k, v in jax.config.values.items() if isinstance(v, _PLAIN)}
-
-
-def _set_jax_options(jax: Any, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if jax.config.values.get(name) != value:
-            jax.config.update(name, value)
-
-
 def _keras_policy(keras: Any) -> str | None:
     # Reading it would fix it at the present type.
     policy = keras.src.backend.common.global_state.get_global_attribute("dtype_policy")
     return None if policy is None else str(policy.name)
-
-
-def _set_keras_numbers(config: Any, values: tuple[str, float, str]) -> None:
-    floats, epsilon, images = values
-    config.set_floatx(floats)
-    config.set_epsilon(epsilon)
-    config.set_image_data_format(images)
 
 
 def _mlflow_runs(fluent: Any) -> bytes:
@@ -343,15 +310,55 @@ def _set_mlflow_runs(fluent: Any, runs: bytes) -> None:
     atexit.unregister(fluent._safe_end_run)
 
 
+def _read_structlog(structlog: Any) -> bytes:
+    # By value: processors may be functions of the script's, which trials have only later.
+    try:
+        return cloudpickle.dumps(structlog.get_config()) if structlog.is_configured() else b""
+    except Exception as error:  # such as an open file's; a user's __reduce__ may raise anything
+        raise ValueError("It can't be pickled.") from error
+
+
+def _set_structlog(structlog: Any, config: bytes) -> None:
+    structlog.reset_defaults()
+    if config:
+        structlog.configure(**pickle.loads(config))
+
+
 def _read_decimal(decimal: Any) -> tuple[Any, ...]:
     *values, _flags, traps = decimal.getcontext().__reduce__()[1]
     return (*values, [], traps)
 
 
+# By module, the functions that set something, and those that read it.
+_FUNCTIONS: Mapping[str, Mapping[str, str]] = {
+    "sys": {
+        "setrecursionlimit": "getrecursionlimit",
+        "setswitchinterval": "getswitchinterval",
+        "set_int_max_str_digits": "get_int_max_str_digits",
+    },
+    "csv": {"field_size_limit": "field_size_limit"},
+    "socket": {"setdefaulttimeout": "getdefaulttimeout"},
+    "pyarrow": {"set_cpu_count": "cpu_count"},
+    "cv2": {"setNumThreads": "getNumThreads"},
+    "keras": {
+        f"config.set_{name}": f"config.{name}"
+        for name in ("floatx", "epsilon", "image_data_format")
+    },
+    "torch": {
+        "set_num_threads": "get_num_threads",
+        "set_num_interop_threads": "get_num_interop_threads",
+        "set_float32_matmul_precision": "get_float32_matmul_precision",
+        "set_grad_enabled": "is_grad_enabled",
+    },
+    "torch.backends.cuda": {
+        f"enable_{name}_sdp": f"{name}_sdp_enabled"
+        for name in ("cudnn", "flash", "math", "mem_efficient")
+    },
+    "torch.multiprocessing": {"set_sharing_strategy": "get_sharing_strategy"},
+}
+
 _SETTINGS: Mapping[str, Setting] = {
-    "recursion limit": _by_functions("sys", "getrecursionlimit", "setrecursionlimit"),
-    "switch interval": _by_functions("sys", "getswitchinterval", "setswitchinterval"),
-    "integer digits": _by_functions("sys", "get_int_max_str_digits", "set_int_max_str_digits"),
+    **{f"functions of {m}": _by_functions(m, getters) for m, getters in _FUNCTIONS.items()},
     "garbage collection": Setting(
         "gc", lambda m: (m.isenabled(), m.get_threshold()), _set_garbage_collection
     ),
@@ -363,26 +370,29 @@ _SETTINGS: Mapping[str, Setting] = {
     "processors": Setting(
         "os", lambda m: m.sched_getaffinity(0), lambda m, v: m.sched_setaffinity(0, v)
     ),
-    "resource limits": Setting("resource", _read_resource_limits, _set_resource_limits),
-    "fields of CSV": Setting(
-        "csv", lambda m: m.field_size_limit(), lambda m, v: m.field_size_limit(v)
+    # Only root may raise a hard limit again.
+    "resource limits": _by_item(
+        "resource", _read_resource_limits, lambda m, kind, limits: m.setrlimit(kind, limits)
     ),
-    "temporary folder": Setting(
-        "tempfile", lambda m: m.tempdir, lambda m, v: setattr(m, "tempdir", v)
-    ),
+    "temporary folder": _by_attributes("tempfile", "tempdir"),
     "stacks of threads": Setting(
         "threading",
         lambda m: (size := m.stack_size(), m.stack_size(size))[0],  # to read it sets it to 0
         lambda m, v: m.stack_size(v),
     ),
-    "socket timeout": _by_functions("socket", "getdefaulttimeout", "setdefaulttimeout"),
     "locale": Setting(
         "locale", lambda m: m.setlocale(m.LC_ALL), lambda m, v: m.setlocale(m.LC_ALL, v)
     ),
     "decimal": Setting("decimal", _read_decimal, lambda m, v: m.setcontext(m.Context(*v))),
     "numpy errors": Setting("numpy", lambda m: dict(m.geterr()), lambda m, v: m.seterr(**v)),
-    "numpy printing": Setting("numpy", _numpy_printing, lambda m, v: m.set_printoptions(**v)),
-    "pandas options": Setting("pandas._config.config", _pandas_options, _set_pandas_options),
+    "numpy printing": Setting(
+        "numpy",
+        lambda m: _plain_items(m.get_printoptions()),
+        lambda m, v: m.set_printoptions(**v),
+    ),
+    "pandas options": _by_item(
+        "pandas._config.config", _pandas_options, lambda m, key, v: m.set_option(key, v)
+    ),
     "matplotlib": Setting("matplotlib", _rc_params, lambda m, v: dict.update(m.rcParams, v)),
     "thread pools": Setting("threadpoolctl", _thread_pools, _set_thread_pools),
     "numba threads": Setting(
@@ -390,8 +400,6 @@ _SETTINGS: Mapping[str, Setting] = {
         _numba_threads,
         lambda m, v: m.set_num_threads(v or m.NUM_THREADS),
     ),
-    "pyarrow threads": _by_functions("pyarrow", "cpu_count", "set_cpu_count"),
-    "opencv threads": _by_functions("cv2", "getNumThreads", "setNumThreads"),
     "xgboost": Setting("xgboost", lambda m: m.get_config(), lambda m, v: m.set_config(**v)),
     "scikit-learn": Setting("sklearn", lambda m: m.get_config(), lambda m, v: m.set_config(**v)),
     "joblib": Setting("joblib.parallel", _joblib_config, _set_joblib_config),
@@ -400,18 +408,11 @@ _SETTINGS: Mapping[str, Setting] = {
         lambda m: {k: v for k, v in m.config.items() if is_plain(v)},
         lambda m, v: m.config.update(v),
     ),
-    "jax": Setting("jax", _jax_options, _set_jax_options),
-    "keras": Setting(
-        "keras",
-        lambda m: (m.config.floatx(), m.config.epsilon(), m.config.image_data_format()),
-        lambda m, v: _set_keras_numbers(m.config, v),
+    "jax": _by_item(
+        "jax", lambda m: _plain_items(m.config.values), lambda m, name, v: m.config.update(name, v)
     ),
     "keras policy": Setting(
         "keras", _keras_policy, lambda m, v: m.config.set_dtype_policy(v or m.config.floatx())
-    ),
-    "torch threads": _by_functions("torch", "get_num_threads", "set_num_threads"),
-    "torch interop threads": _by_functions(
-        "torch", "get_num_interop_threads", "set_num_interop_threads"
     ),
     "torch dtype": Setting(
         "torch",
@@ -427,22 +428,22 @@ _SETTINGS: Mapping[str, Setting] = {
         ),
         lambda m, v: m.use_deterministic_algorithms(v[0], warn_only=v[1]),
     ),
-    "torch precision": _by_functions(
-        "torch", "get_float32_matmul_precision", "set_float32_matmul_precision"
+    "torch flags": _by_attributes(
+        "torch",
+        "backends.cudnn.benchmark",
+        "backends.cudnn.deterministic",
+        "backends.cudnn.enabled",
+        "backends.cuda.matmul.allow_tf32",
+        "backends.cudnn.allow_tf32",
+        "backends.mkldnn.enabled",
     ),
-    "torch flags": Setting("torch", _torch_flags, _set_torch_flags),
-    "torch attention": Setting("torch.backends.cuda", _attention, _set_attention),
     "torch anomalies": Setting(
         "torch",
         lambda m: (m.is_anomaly_enabled(), m.is_anomaly_check_nan_enabled()),
         lambda m, v: m.autograd.set_detect_anomaly(*v),
     ),
-    "torch autocast": Setting("torch", _autocast, _set_autocast),
+    "torch autocast": _by_item("torch", _autocast, _set_autocast),
     "torch safe globals": Setting("torch", read_safe_globals, set_safe_globals),
-    "torch gradients": _by_functions("torch", "is_grad_enabled", "set_grad_enabled"),
-    "torch sharing": _by_functions(
-        "torch.multiprocessing", "get_sharing_strategy", "set_sharing_strategy"
-    ),
-    "structlog": Setting("structlog", read_structlog, set_structlog),
+    "structlog": Setting("structlog", _read_structlog, _set_structlog),
     "mlflow runs": Setting("mlflow.tracking.fluent", _mlflow_runs, _set_mlflow_runs),
 }

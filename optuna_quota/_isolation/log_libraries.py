@@ -14,11 +14,8 @@ import functools
 import importlib
 import math
 import os
-import pickle
 import sys
 from typing import Any
-
-import cloudpickle
 
 from optuna_quota._isolation.channel import pack_error, SentError, unpack_error
 from optuna_quota._isolation.modules import after_import
@@ -136,17 +133,3 @@ def reduce_logger(value: Any) -> Any:
 def _make_logger(*options: Any) -> Any:
     logger: Any = importlib.import_module("loguru").logger
     return logger if not any(options) else type(logger)(logger._core, *options)
-
-
-def read_structlog(structlog: Any) -> bytes:
-    # By value: processors may be functions of the script's, which trials have only later.
-    try:
-        return cloudpickle.dumps(structlog.get_config()) if structlog.is_configured() else b""
-    except Exception as error:  # such as an open file's; a user's __reduce__ may raise anything
-        raise ValueError("It can't be pickled.") from error
-
-
-def set_structlog(structlog: Any, config: bytes) -> None:
-    structlog.reset_defaults()
-    if config:
-        structlog.configure(**pickle.loads(config))
