@@ -83,7 +83,7 @@ def run_child(
         start = channel.receive() if inherited is None else inherited.start
         grace_period = start.grace_period
         calls.use(start.address)
-        sent = None if start.objective is None else Received(channel, start.objective)
+        sent = Received(channel) if inherited is None else None
         if crash_file is not None:
             faulthandler.enable(crash_file)
             linux.enlarge_signal_stack()

@@ -131,7 +131,7 @@ class TrialLauncher:
             )
         # Before the fork: after it, each page that this process writes to is copied.
         inherited = messages.InheritedObjective(
-            self._start_message(None, MainModule()),
+            self._start_message(MainModule()),
             self._monitoring(),
             self.objective,
             generators=find_generators(self.objective),
@@ -160,10 +160,10 @@ class TrialLauncher:
     def _prepare_messages(self, main: MainModule) -> Sequence[int]:
         """Make the messages, and return the open files that the trial needs."""
         payload = dump_objective(self.objective, self.remote, main)
-        self._to_send = self._start_message(payload, main), payload
+        self._to_send = self._start_message(main), payload
         return payload.descriptors
 
-    def _start_message(self, payload: Payload | None, main: MainModule) -> messages.StartTrial:
+    def _start_message(self, main: MainModule) -> messages.StartTrial:
         trial, monitor = self.trial, self.monitor
         study = trial.study if isinstance(trial, Trial) else None
         # Limits that can be set only once use the largest possible grant of a quota; the
@@ -186,7 +186,6 @@ class TrialLauncher:
             device_memory=device_memory(environment) if "gpu_memory" in limits else None,
             cores=self.cores,
             grace_period=self.options.grace_period,
-            objective=None if payload is None else payload.content,
             strict_memory=self.options.strict_memory,
             signals=read_signal_state(() if study is None else preemption_of(study).signals),
         )

@@ -11,7 +11,6 @@ from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.lost_changes import Variables
 from optuna_quota._isolation.output import OutputSettings
-from optuna_quota._isolation.payload import Content
 from optuna_quota._isolation.rpc import Address, TrialHandle
 from optuna_quota._isolation.signals import SignalState
 from optuna_quota._metering.linux_process import MemorySnapshot
@@ -116,7 +115,7 @@ class ExitReport:
 
 @dataclass(frozen=True)
 class StartTrial:
-    """All that a trial's process needs to begin."""
+    """All that a trial's process needs to begin; the objective follows unless it is inherited."""
 
     context: ProcessContext
     output: OutputSettings
@@ -126,7 +125,6 @@ class StartTrial:
     device_memory: float | None  # The memory of the smallest visible GPU, in bytes
     cores: Cores | None  # The cores that it is confined to, None for all
     grace_period: float
-    objective: Content | None  # The payload that follows; None if the process inherited it
     strict_memory: bool
     signals: SignalState
 

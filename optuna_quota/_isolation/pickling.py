@@ -32,14 +32,13 @@ from optuna_quota._isolation.main_module import (
     MainModule,
     names_in_code,
 )
-from optuna_quota._isolation.mapped_files import FileRegion, MappedFiles
 from optuna_quota._isolation.module_state import (
     plain_attributes,
     set_main_state,
     set_module_parts,
 )
 from optuna_quota._isolation.modules import modules_being_imported, modules_without_import
-from optuna_quota._isolation.payload import Payload
+from optuna_quota._isolation.payload import FileRegion, MappedFiles, Payload
 from optuna_quota._isolation.random_generators import values_within_reach
 from optuna_quota._isolation.rpc import is_remote, proxy_at, RemoteObjects
 
@@ -106,7 +105,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         self._globals = vars(sys.modules["__main__"])
         self._by_trial = {id(self._globals[name]): name for name in made_by_trial}
         self._reducers = reducers.multiprocessing_reducers()
-        self._buffers: list[pickle.PickleBuffer | FileRegion] = []
+        self._buffers: list[memoryview | FileRegion] = []
         self._mapped = MappedFiles()
         self._spawning = reducers.SpawningProcess()
         self._own_locks: set[int] = set()
@@ -138,7 +137,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         finally:
             context.set_spawning_popen(None)
             self.clear_memo()
-        return Payload(self._file.getvalue(), self._buffers, self._spawning.descriptors)
+        return Payload(self._file.getbuffer(), self._buffers, self._spawning.descriptors)
 
     def reducer_override(self, value: Any) -> Any:
         if is_remote(value):
@@ -293,7 +292,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         if raw.nbytes < _MIN_BUFFER:
             return True
         region = self._mapped.find(reducers.memory_address(raw), raw.nbytes, readonly=raw.readonly)
-        self._buffers.append(buffer if region is None else region)
+        self._buffers.append(raw if region is None else region)
         return False
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from optuna_quota._isolation import linux
 from optuna_quota._isolation.log_libraries import reduce_logger
-from optuna_quota._isolation.mapped_files import FileRegion, MappedFiles
+from optuna_quota._isolation.payload import FileRegion, MappedFiles
 from optuna_quota._isolation.random_generators import (
     is_generator,
     reduce_generator,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optuna_quota._isolation.mapped_files import MappedFiles
+from optuna_quota._isolation.payload import MappedFiles
 from optuna_quota._isolation.reducers import reduce_array
 from tests.isolation_tests.scripts import always, run_script
 
