@@ -15,7 +15,7 @@ import sys
 import types
 from typing import Any
 
-from optuna_quota._isolation.modules import is_installed, user_modules
+from optuna_quota._isolation.modules import closure_variables, is_installed, user_modules
 
 
 # Going through all items of a script's data would take time, and copy the pages of a fork.
@@ -114,7 +114,7 @@ def _namespaces(
             names = value.__globals__
             yield "", id(names), functools.partial(_public, names)
             if value.__closure__:
-                yield "", id(value.__closure__), functools.partial(_closure, value)
+                yield "", id(value.__closure__), functools.partial(closure_variables, value)
     elif kind.__module__ in own and not issubclass(kind, type):
         names = object.__getattribute__(value, "__dict__")
         yield kind.__name__, id(names), functools.partial(_public, names)
@@ -122,14 +122,6 @@ def _namespaces(
 
 def _public(names: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in names.copy().items() if not name.startswith("_")}
-
-
-def _closure(function: types.FunctionType) -> dict[str, Any]:
-    found = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # not filled yet
-            found[name] = cell.cell_contents
-    return found
 
 
 def _mark(value: Any) -> Any:

@@ -27,7 +27,7 @@ import tokenize
 import types
 from typing import Any, TypeGuard
 
-from optuna_quota._isolation.modules import is_installed, module_frames
+from optuna_quota._isolation.modules import closure_variables, is_installed, module_frames
 
 
 # The second is what multiprocessing's spawned workers call it.
@@ -380,10 +380,7 @@ def global_names(value: Any) -> set[str]:
             if part.__module__ in MAIN_NAMES:
                 todo += [*vars(part).values(), *part.__bases__]
         elif isinstance(part, types.FunctionType):
-            todo += [part.__code__, *vars(part).values()]
-            for cell in part.__closure__ or ():
-                with contextlib.suppress(ValueError):  # not filled yet
-                    todo.append(cell.cell_contents)
+            todo += [part.__code__, *vars(part).values(), *closure_variables(part).values()]
         elif isinstance(part, property):
             todo += [part.fget, part.fset, part.fdel]
         elif isinstance(part, functools.partial):

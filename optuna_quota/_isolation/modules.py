@@ -190,6 +190,14 @@ def _packages_in(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in found]
 
 
+def closure_variables(function: types.FunctionType) -> dict[str, Any]:
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not filled yet
+            found[name] = cell.cell_contents
+    return found
+
+
 def module_frames() -> Iterator[types.FrameType]:
     """Yield the frames of all threads that execute the body of a module, innermost first."""
     for frame in _current_frames():

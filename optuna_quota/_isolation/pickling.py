@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 import contextlib
 import functools
-import inspect
 import io
 import linecache
 from multiprocessing import context
@@ -37,7 +36,11 @@ from optuna_quota._isolation.module_state import (
     set_main_state,
     set_module_parts,
 )
-from optuna_quota._isolation.modules import modules_being_imported, modules_without_import
+from optuna_quota._isolation.modules import (
+    closure_variables,
+    modules_being_imported,
+    modules_without_import,
+)
 from optuna_quota._isolation.payload import FileRegion, MappedFiles, Payload
 from optuna_quota._isolation.random_generators import values_within_reach
 from optuna_quota._isolation.rpc import is_remote, proxy_at, RemoteObjects
@@ -232,8 +235,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
                 n: self._globals[n] for n in global_names(function) & self._globals.keys()
             }
             if isinstance(function, types.FunctionType):
-                with contextlib.suppress(ValueError):  # a variable that is yet to be set
-                    variables |= inspect.getclosurevars(function).nonlocals
+                variables |= closure_variables(function)
             for name in sorted(variables):
                 value = variables[name]
                 if isinstance(value, _FUNCTIONS):

@@ -6,7 +6,7 @@ with a fixed seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import operator
@@ -17,7 +17,7 @@ import types
 from typing import Any
 
 from optuna_quota._enforcement.nesting import parts_of, walk
-from optuna_quota._isolation.modules import after_import, user_modules
+from optuna_quota._isolation.modules import after_import, closure_variables, user_modules
 
 
 # The global generators of libraries.
@@ -53,7 +53,7 @@ def _seed(function: str, value: int, module: Any) -> None:
 
 
 def is_generator(value: Any) -> bool:
-    return _way_of(type(value), value) is not None
+    return _is_class_of(value, type(value))
 
 
 def _path(kind: type) -> str:
@@ -88,7 +88,7 @@ _loaded: list[Any] = []
 def find_generators(objective: Any) -> list[Any]:
     """Return the generators and seed sequences that a script and its objective hold."""
     reached = _with_parts([*values_within_reach(objective), objective])
-    return [v for v in [*_loaded, *reached] if _is_seed_sequence(v) or _way_to_vary(v) is not None]
+    return [v for v in [*_loaded, *reached] if _is_seed_sequence(v) or _is_derived(v)]
 
 
 def vary_generators(number: int, generators: Iterable[Any]) -> None:
@@ -99,7 +99,7 @@ def vary_generators(number: int, generators: Iterable[Any]) -> None:
     """
     held = {id(found): found for found in generators}.values()
     sequences = {id(found): found for found in held if _is_seed_sequence(found)}
-    for generator in held:
+    for generator in filter(_is_derived, held):
         # Some can't be seeded, and methods of a user's class may raise anything.
         with contextlib.suppress(Exception):
             _vary(generator, number, sequences)
@@ -109,35 +109,42 @@ def vary_generators(number: int, generators: Iterable[Any]) -> None:
 
 def _vary(value: Any, number: int, sequences: dict[int, Any]) -> None:
     """Seed a generator, and add the seed sequence that it was made from."""
-    way = _way_to_vary(value)
-    if way is None:
+    if isinstance(value, random.Random):
+        value.seed(_mixed(value.getrandbits(62), number))
         return
-    draw, seed, bits_of = way
-    bits = bits_of(value)
+    bits = getattr(value, "_bit_generator", value)  # numpy's, underneath
+    if not hasattr(bits, "random_raw"):
+        drawn = sys.modules["torch"].randint(2**62, (), generator=value, device="cpu")
+        value.manual_seed(_mixed(int(drawn), number))
+        return
     sequence = getattr(bits, "seed_seq", None)
     if _is_seed_sequence(sequence):
         sequences[id(sequence)] = sequence
-    lock = getattr(bits, "lock", None)
-    if lock is not None:
-        # In a fork it stays locked if another thread was drawing from it.
-        if not lock.acquire(blocking=False):
-            return
-        lock.release()
-    seed(value, random.Random(f"{draw(value)}, {number}").getrandbits(62))
+    # In a fork it stays locked if another thread was drawing from it.
+    if bits.lock.acquire(blocking=False):
+        bits.lock.release()
+        state = type(bits)(_mixed(bits.random_raw(), number)).state
+        if hasattr(value, "set_state"):  # a RandomState, which may keep a number for later
+            value.set_state(state)
+        else:
+            bits.state = state
 
 
-def _way_to_vary(value: Any) -> _Way | None:
-    """Return how to draw from and seed a generator; a user's class may derive from a library's."""
-    ways = (_way_of(base, value) for base in type(value).__mro__)
-    return next((way for way in ways if way is not None), None)
+def _mixed(drawn: int, number: int) -> int:
+    return random.Random(f"{drawn}, {number}").getrandbits(62)
 
 
-def _way_of(kind: type, value: Any) -> _Way | None:
-    """Return how to draw from and seed a value of this class, None if it is no generator."""
+def _is_derived(value: Any) -> bool:
+    """Return whether this is a generator; a user's class may derive from a library's."""
+    return any(_is_class_of(value, base) for base in type(value).__mro__)
+
+
+def _is_class_of(value: Any, kind: type) -> bool:
+    """Return whether this class of a value is one of a library's generators."""
     if kind.__name__ not in _NAMES:  # fast, as it is called for each pickled object
-        return None
+        return False
     path = _path(kind)
-    return _WAYS.get(path) if path != _TORCH or value.device.type == "cpu" else None
+    return path in _GENERATORS and (path != _TORCH or value.device.type == "cpu")
 
 
 def _is_seed_sequence(value: Any) -> bool:
@@ -184,47 +191,16 @@ def values_within_reach(objective: Any) -> Iterator[Any]:
     with contextlib.suppress(TypeError):  # without a dictionary
         yield from list(vars(owner).values())
     if isinstance(objective, types.FunctionType):
-        for cell in objective.__closure__ or ():
-            with contextlib.suppress(ValueError):  # not filled yet
-                yield cell.cell_contents
-
-
-def _seed_bits(bits: Any, value: int) -> None:
-    bits.state = type(bits)(value).state
-
-
-def _seed_state(state: Any, value: int) -> None:
-    try:
-        state.seed([value >> 31, value & (2**31 - 1)])
-    except TypeError:  # of other bits than MT19937
-        _seed_bits(state._bit_generator, value)
-
-
-def _draw_torch(generator: Any) -> int:
-    return int(sys.modules["torch"].randint(2**62, (), generator=generator, device="cpu"))
+        yield from closure_variables(objective).values()
 
 
 _SEED_SEQUENCE = "numpy.random.bit_generator.SeedSequence"
 _TORCH = "torch._C.Generator"
-_BITS = ("_mt19937.MT19937", "_pcg64.PCG64", "_pcg64.PCG64DXSM", "_philox.Philox", "_sfc64.SFC64")
-_Way = tuple[Callable[[Any], int], Callable[[Any, int], Any], Callable[[Any], Any]]
-# By class, how to draw a number, how to seed, and how to get numpy's bit generator underneath.
-_WAYS: Mapping[str, _Way] = {
-    "random.Random": (lambda g: g.getrandbits(62), lambda g, value: g.seed(value), lambda g: None),
-    _TORCH: (_draw_torch, lambda g, value: g.manual_seed(value), lambda g: None),
-    "numpy.random.mtrand.RandomState": (
-        lambda g: int(g.randint(2**31)),
-        _seed_state,
-        lambda g: g._bit_generator,
-    ),
-    "numpy.random._generator.Generator": (
-        lambda g: int(g.integers(2**62)),
-        lambda g, value: _seed_bits(g.bit_generator, value),
-        lambda g: g.bit_generator,
-    ),
-    **{
-        f"numpy.random.{name}": (lambda g: int(g.random_raw()), _seed_bits, lambda g: g)
-        for name in _BITS
-    },
+_GENERATORS = {
+    "random.Random",
+    _TORCH,
+    *("numpy.random.mtrand.RandomState", "numpy.random._generator.Generator"),
+    *("numpy.random._mt19937.MT19937", "numpy.random._philox.Philox", "numpy.random._sfc64.SFC64"),
+    *("numpy.random._pcg64.PCG64", "numpy.random._pcg64.PCG64DXSM"),
 }
-_NAMES = {path.rpartition(".")[2] for path in _WAYS}
+_NAMES = {path.rpartition(".")[2] for path in _GENERATORS}
