@@ -27,7 +27,7 @@ from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_e
 from optuna_quota._isolation.cores import confine
 from optuna_quota._isolation.environment import enter_context
 from optuna_quota._isolation.log_libraries import forward_loguru
-from optuna_quota._isolation.lost_changes import changed_variables, read_variables
+from optuna_quota._isolation.module_state import changed_variables, read_variables
 from optuna_quota._isolation.modules import LateImports
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
 from optuna_quota._isolation.output import (

@@ -30,9 +30,9 @@ from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver import fork_trial
 from optuna_quota._isolation.forkserver_client import fork_server_client, interpreter
-from optuna_quota._isolation.lost_changes import read_variables
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
+from optuna_quota._isolation.module_state import read_variables
 from optuna_quota._isolation.output import (
     flush_streams,
     prepare_logging,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from optuna_quota._isolation.channel import SentError
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
-from optuna_quota._isolation.lost_changes import Variables
+from optuna_quota._isolation.module_state import Variables
 from optuna_quota._isolation.output import OutputSettings
 from optuna_quota._isolation.rpc import Address, TrialHandle
 from optuna_quota._isolation.signals import SignalState

@@ -35,7 +35,7 @@ from optuna_quota._isolation.child import is_in_preparation
 from optuna_quota._isolation.cores import core_pool, Cores
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.launch import CannotStart, IsolationOptions, TrialLauncher
-from optuna_quota._isolation.lost_changes import describe_lost_changes
+from optuna_quota._isolation.module_state import describe_lost_changes
 from optuna_quota._isolation.outcome import INTERRUPTED, OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
