@@ -26,7 +26,6 @@ from optuna_quota._isolation import linux, memory_limits, messages
 from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_error
 from optuna_quota._isolation.cores import confine
 from optuna_quota._isolation.environment import enter_context
-from optuna_quota._isolation.log_libraries import forward_loguru
 from optuna_quota._isolation.module_state import changed_variables, read_variables
 from optuna_quota._isolation.modules import LateImports
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
@@ -34,6 +33,7 @@ from optuna_quota._isolation.output import (
     apply_output_settings,
     apply_to_new_modules,
     flush_streams,
+    forward_loguru,
 )
 from optuna_quota._isolation.payload import Received
 from optuna_quota._isolation.random_generators import (
@@ -156,7 +156,7 @@ def _prepare(
         objective = sent.load()
         apply_to_new_modules(start.output)
     # Until now it had handlers of modules only, from now on also those of the objective.
-    forward_loguru(start.output.loguru, calls)
+    forward_loguru(start.output, calls)
     seed_global_generators(start.context.seeds)
     held = find_generators(objective) if inherited is None else inherited.generators
     vary_generators(start.trial.number, held)

@@ -1,7 +1,8 @@
 """Forward what a trial prints, logs and warns to the study's process, under the study's settings.
 
 :class:`logging.handlers.QueueHandler` can't be used: it appends the traceback to the message, but
-the study's handlers expect it in a field of its own.
+the study's handlers expect it in a field of its own. Records of loguru are sent as well: in the
+trial, it would log to standard error only, at every level, without levels that the script added.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import contextlib
 from dataclasses import dataclass
+import functools
 import io
 import itertools
 import logging
+import math
 import operator
 import os
 import sys
@@ -19,13 +22,6 @@ from typing import Any
 import warnings
 
 from optuna_quota._isolation.channel import pack_error, SentError, unpack_error
-from optuna_quota._isolation.log_libraries import (
-    LoguruRecord,
-    LoguruSettings,
-    portable,
-    read_loguru_settings,
-    replay_loguru,
-)
 from optuna_quota._isolation.modules import after_import
 from optuna_quota._isolation.rpc import RpcClient, SYNC, TRIAL
 
@@ -48,6 +44,18 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class LoguruRecord:
+    """A record of loguru, in plain objects."""
+
+    level: str | int
+    fields: Mapping[str, Any]
+    file: tuple[str, str]
+    process: tuple[int, str]
+    thread: tuple[int, str]
+    error: SentError | None
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """How the study's process prints, logs and warns."""
 
@@ -62,7 +70,8 @@ class OutputSettings:
     disabled: int  # The level up to which logging is off altogether
     # ``warnings.filters``, with names instead of categories
     filters: Sequence[tuple[str, Any, str, Any, int]]
-    loguru: LoguruSettings | None
+    # The lowest level of loguru's handlers, infinite without any, and its levels; None without it
+    loguru: tuple[float, tuple[tuple[str, int, str, str], ...]] | None
 
 
 def read_output_settings() -> OutputSettings:
@@ -87,7 +96,7 @@ def read_output_settings() -> OutputSettings:
             (action, message, f"{kind.__module__}:{kind.__qualname__}", module, line)
             for action, message, kind, module, line in filters
         ],
-        loguru=read_loguru_settings(),
+        loguru=_read_loguru(),
     )
 
 
@@ -214,7 +223,7 @@ def replay_output(message: Output) -> None:
             warning: Any = unpack_error(message.warning)
             warnings.showwarning(warning, type(warning), message.file, message.line)
     elif isinstance(message, LoguruRecord):
-        replay_loguru(message)
+        _replay_loguru(message)
     else:
         logger = logging.getLogger(message.name)
         handled = vars(message).pop(_HANDLED, False)
@@ -232,7 +241,6 @@ class ForwardedStream(io.TextIOBase):
     def __init__(self, name: str, calls: RpcClient) -> None:
         self._name = name
         self._calls = calls
-        self._pid = os.getpid()
         self._text = ""
 
     def writable(self) -> bool:
@@ -254,16 +262,15 @@ class ForwardedStream(io.TextIOBase):
         """
         if self._text:
             self._send()
-        if os.getpid() == self._pid:
+        if not self._calls.is_forked:
             self._calls.call(TRIAL, SYNC)
 
     def _send(self) -> None:
         text, self._text = self._text, ""
-        if os.getpid() == self._pid:
-            self._calls.notify(Printed(self._name, text))
-        else:
-            # A process that the objective forked: the connection isn't its own.
+        if self._calls.is_forked:
             os.write(self.fileno(), text.encode("utf-8", "replace"))
+        else:
+            self._calls.notify(Printed(self._name, text))
 
 
 class ForwardingHandler(logging.Handler):
@@ -272,16 +279,30 @@ class ForwardingHandler(logging.Handler):
     def __init__(self, calls: RpcClient) -> None:
         super().__init__()
         self._calls = calls
-        self._pid = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if os.getpid() == self._pid:
-                self._calls.notify(_portable(record))
-            else:
+            if self._calls.is_forked:
                 os.write(2, (self.format(record) + "\n").encode("utf-8", "replace"))
+            else:
+                self._calls.notify(_portable(record))
         except Exception:  # noqa: BLE001 - as every handler of the standard library does
             self.handleError(record)
+
+
+_SIMPLE = (str, int, float, complex, bytes, type(None))
+
+
+def portable(value: Any, depth: int = 5) -> Any:
+    """Return a value that any process can read: its ``repr`` unless it is plain data."""
+    numpy: Any = sys.modules.get("numpy")
+    if isinstance(value, _SIMPLE) or (numpy is not None and isinstance(value, numpy.generic)):
+        return value if type(value).__module__ in ("builtins", "numpy") else repr(value)
+    if depth and type(value) is dict:
+        return {portable(k, 0): portable(v, depth - 1) for k, v in value.items()}
+    if depth and type(value) in (list, tuple):
+        return type(value)(portable(item, depth - 1) for item in value)
+    return repr(value)
 
 
 def _portable(record: logging.LogRecord) -> logging.LogRecord:
@@ -350,3 +371,68 @@ def _reset_loggers() -> None:
 def _all_loggers() -> list[logging.Logger]:
     known = list(logging.Logger.manager.loggerDict.values())
     return [logging.getLogger(), *(x for x in known if isinstance(x, logging.Logger))]
+
+
+# Loguru, whose functions don't tell its settings.
+
+
+def _read_loguru() -> Any:
+    core = getattr(getattr(sys.modules.get("loguru"), "logger", None), "_core", None)
+    levels = getattr(core, "levels", None)
+    if not isinstance(levels, dict):
+        return None
+    found = tuple((x.name, x.no, x.color, x.icon) for x in list(levels.values()))
+    return getattr(core, "min_level", 0), found
+
+
+def forward_loguru(settings: OutputSettings, calls: RpcClient) -> None:
+    """Send all records of this process to the study's handlers from now on."""
+    if settings.loguru is not None:
+        after_import("loguru", functools.partial(_forward_loguru, *settings.loguru, calls))
+
+
+def _forward_loguru(least: float, levels: Any, calls: RpcClient, module: Any) -> None:
+    logger = module.logger
+    for name, number, color, icon in levels:
+        # The number of a known level can't be changed.
+        with contextlib.suppress(TypeError, ValueError):
+            logger.level(name, no=number, color=color, icon=icon)
+    logger.remove()
+    if math.isfinite(least):
+        sink = functools.partial(_send_loguru, calls)
+        logger.add(sink, level=least, format="{message}")
+
+
+_PLAIN = ("elapsed", "function", "line", "message", "module", "name", "time")
+
+
+def _send_loguru(calls: RpcClient, message: Any) -> None:
+    if calls.is_forked:
+        os.write(2, str(message).encode("utf-8", "replace"))
+        return
+    record = message.record
+    level, exception = record["level"], record["exception"]
+    error = None if exception is None else exception.value
+    calls.notify(
+        LoguruRecord(
+            level.no if level.name == f"Level {level.no}" else level.name,
+            {**{name: record[name] for name in _PLAIN}, "extra": portable(record["extra"])},
+            (record["file"].name, record["file"].path),
+            (record["process"].id, record["process"].name),
+            (record["thread"].id, record["thread"].name),
+            None if error is None else pack_error(error.with_traceback(exception.traceback)),
+        )
+    )
+
+
+def _replay_loguru(sent: LoguruRecord) -> None:
+    error = None if sent.error is None else unpack_error(sent.error)
+
+    def fill(record: dict[str, Any]) -> None:
+        extra = {**record["extra"], **sent.fields["extra"]}
+        record.update(sent.fields, extra=extra)
+        for name in ("file", "process", "thread"):
+            record[name] = type(record[name])(*getattr(sent, name))
+
+    logger = sys.modules["loguru"].logger
+    logger.patch(fill).opt(exception=error).log(sent.level, sent.fields["message"])

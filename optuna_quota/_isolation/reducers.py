@@ -29,7 +29,6 @@ import types
 from typing import Any
 
 from optuna_quota._isolation import linux
-from optuna_quota._isolation.log_libraries import reduce_logger
 from optuna_quota._isolation.payload import FileRegion, MappedFiles
 from optuna_quota._isolation.random_generators import (
     is_generator,
@@ -76,7 +75,7 @@ def reduce_library_object(value: Any, files: MappedFiles) -> Any:
     if kind.__module__ in ("torch", "torch.storage"):
         return _reduce_tensor(value, files)
     if kind.__module__.partition(".")[0] == "loguru":
-        return reduce_logger(value)
+        return _reduce_logger(value)
     if hasattr(kind, "__getattr__"):
         return _reduce_delegate(value)
     return reduce_array(value, files)
@@ -147,6 +146,19 @@ def _reduce_executor(value: Any) -> Any:
 def _make_executor(kind: Any, given: dict[str, Any], method: str | None) -> Any:
     context = {} if method is None else {"mp_context": multiprocessing.get_context(method)}
     return kind(**given, **context)
+
+
+def _reduce_logger(value: Any) -> Any:
+    """Reduce a logger of loguru without its handlers; None for anything else."""
+    module: Any = sys.modules.get("loguru")
+    if module is None or type(value) is not type(module.logger):
+        return None
+    return _make_logger, tuple(value._options)
+
+
+def _make_logger(*options: Any) -> Any:
+    logger: Any = importlib.import_module("loguru").logger
+    return logger if not any(options) else type(logger)(logger._core, *options)
 
 
 # Arrays, tensors and thread-local objects.

@@ -204,6 +204,8 @@ class RpcClient:
         self._channels = [] if channel is None else [channel]
         self._depth = 0
         self._lock = threading.RLock()
+        # Whether this is a copy in a process that was forked later.
+        self.is_forked = False
         if address is not None:
             self.use(address)
         if hasattr(os, "register_at_fork"):
@@ -219,6 +221,7 @@ class RpcClient:
         # A thread that this process lacks may have held it.
         self._lock = threading.RLock()
         self._depth = 0
+        self.is_forked = True
         for channel in self._channels:
             channel.close()
         self._channels = []

@@ -479,3 +479,44 @@ def test_a_library_without_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "scikit-learn" not in found and "umask" in found
     names = ("scikit-learn", "pandas options", "numpy errors", "torch dtype", "torch flags")
     apply_settings(dict.fromkeys(names, 3))
+
+
+STRUCTLOG = """
+import logging
+import structlog
+
+def add_run(logger, name, event):
+    return {**event, "run": "r1"}
+
+handler = logging.FileHandler("study.log")
+handler.setFormatter(
+    structlog.stdlib.ProcessorFormatter(
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.JSONRenderer(sort_keys=True),
+        ]
+    )
+)
+logging.getLogger().addHandler(handler)
+logging.getLogger().setLevel(logging.INFO)
+structlog.configure(
+    processors=[add_run, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+    wrapper_class=structlog.stdlib.BoundLogger,
+)
+
+def objective(trial):
+    structlog.get_logger("train").info("epoch", loss=0.5, seen=[1, {"a": None}])
+    return 1.0
+
+say(found=values(objective, n_trials=1, methods=["forkserver"]))
+"""
+
+
+@pytest.mark.integration
+def test_events_of_structlog_are_processed_as_in_the_study(tmp_path: Path) -> None:
+    pytest.importorskip("structlog")
+    assert run_script(tmp_path, STRUCTLOG)["found"] == {"forkserver": [1.0]}
+    assert (tmp_path / "study.log").read_text().splitlines() == [
+        '{"event": "epoch", "loss": 0.5, "run": "r1", "seen": [1, {"a": null}]}'
+    ]

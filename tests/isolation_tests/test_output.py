@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import enum
 import importlib
 import logging
 import os
@@ -16,7 +18,8 @@ import pytest
 
 from optuna_quota import isolated
 from optuna_quota._isolation import output
-from tests.isolation_tests.scripts import run_python
+from optuna_quota._isolation.output import portable
+from tests.isolation_tests.scripts import METHODS, run_python, run_script
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -150,6 +153,8 @@ def test_loggers_without_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch
 
 
 LOGGING = """
+import collections
+import enum
 import importlib
 import logging
 import sys
@@ -180,6 +185,8 @@ optuna.create_study().optimize(isolated(objective), n_trials=1)
 
 
 LOGGING_MODULE = """
+import collections
+import enum
 import importlib
 import logging
 import sys
@@ -305,3 +312,80 @@ def test_no_module_is_imported_for_its_filters(
         warnings.simplefilter("ignore", kind)
         study.optimize(isolated(objective), n_trials=1)
     assert study.trials[0].value == 1.0
+
+
+LOGURU = """
+from loguru import logger
+
+logger.remove()
+logger.level("SAVE", no=33)
+logger.configure(extra={"run": "r1"})
+logger.add("study.log", format="{level} {function} {line} {file} {extra} {message}", level="INFO")
+log = logger.bind(part="train")
+
+def objective(trial):
+    logger.debug("not asked for")
+    log.log("SAVE", "saved {}", trial.number)
+    with logger.contextualize(trial=trial.number):
+        logger.info("in {}", "context")
+    logger.log(25, "by number")
+    try:
+        raise ValueError("inner")
+    except ValueError:
+        logger.exception("caught")
+    logger.add(f"trial {trial.number}.log", format="{message}")
+    logger.warning("own")
+    return 1.0
+
+say(found=values(objective, n_trials=1, methods=[sys.argv[1]]))
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", METHODS)
+def test_records_of_loguru_reach_the_handlers_of_the_study(tmp_path: Path, method: str) -> None:
+    pytest.importorskip("loguru")
+    assert run_script(tmp_path, LOGURU, "script.py", method)["found"] == {method: [1.0]}
+    text = (tmp_path / "study.log").read_text()
+    first = LOGURU.splitlines().index('    log.log("SAVE", "saved {}", trial.number)') + 2
+    # The first line of the script imports the helpers.
+    assert text.splitlines()[:4] == [
+        f"SAVE objective {first} script.py {{'run': 'r1', 'part': 'train'}} saved 0",
+        f"INFO objective {first + 2} script.py {{'run': 'r1', 'trial': 0}} in context",
+        f"Level 25 objective {first + 3} script.py {{'run': 'r1'}} by number",
+        f"ERROR objective {first + 7} script.py {{'run': 'r1'}} caught",
+    ]
+    assert "ValueError: inner" in text and text.splitlines()[-1].endswith("{'run': 'r1'} own")
+    assert (tmp_path / "trial 0.log").read_text() == "own\n"
+
+
+class Color(str, enum.Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 3, 0.5, "text", b"b", np.float32(2), {"a": [1, (2.5, None)]}]
+)
+def test_plain_values_stay(value: Any) -> None:
+    found = portable(value)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (Color.RED, "<Color.RED: 'red'>"),
+        ({"a": {1}}, {"a": "{1}"}),
+        ([object], ["<class 'object'>"]),
+        ({(1, object): 2}, {"(1, <class 'object'>)": 2}),
+        (collections.Counter("a"), "Counter({'a': 1})"),
+    ],
+)
+def test_others_are_what_they_show(value: Any, shown: Any) -> None:
+    assert portable(value) == shown
+
+
+def test_deep_containers_end() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    assert "[[...]]" in str(portable(endless))
