@@ -83,11 +83,11 @@ def run_child(
         start = channel.receive() if inherited is None else inherited.start
         grace_period = start.grace_period
         calls.use(start.address)
-        sent = Received(channel) if inherited is None else None
+        source = inherited or Received(channel)
         if crash_file is not None:
             faulthandler.enable(crash_file)
             linux.enlarge_signal_stack()
-        objective = _prepare(start, sent, inherited, calls)
+        objective = _prepare(start, source, calls)
         ready = messages.Ready(
             os.getpid(),
             supervisor=None if link is None else os.getppid(),
@@ -136,11 +136,10 @@ def _receive_streams(channel: Channel) -> None:
 
 def _prepare(
     start: messages.StartTrial,
-    sent: Received | None,
-    inherited: messages.InheritedObjective | None,
+    source: Received | messages.InheritedObjective,
     calls: RpcClient,
 ) -> Any:
-    if inherited is None:
+    if isinstance(source, Received):
         set_preparing(True)
         enter_context(start.context)
     else:
@@ -151,15 +150,16 @@ def _prepare(
         confine(start.cores)
     memory_limits.set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
     _leave_shared_memory()
-    objective = None if inherited is None else inherited.objective
-    if sent is not None:
-        objective = sent.load()
+    if isinstance(source, Received):
+        objective = source.load()
+        generators = find_generators(objective)
         apply_to_new_modules(start.output)
+    else:
+        objective, generators = source.objective, source.generators
     # Until now it had handlers of modules only, from now on also those of the objective.
     forward_loguru(start.output, calls)
     seed_global_generators(start.context.seeds)
-    held = find_generators(objective) if inherited is None else inherited.generators
-    vary_generators(start.trial.number, held)
+    vary_generators(start.trial.number, generators)
     memory_limits.reset_peak()
     restore_signals(start.signals)
     set_preparing(False)

@@ -140,7 +140,7 @@ class InheritedObjective:
     start: StartTrial
     monitoring: BeginMonitoring
     objective: Any
-    generators: Sequence[Any]
+    generators: list[Any]
     files: Sequence[Any]  # Without anything in their buffers
     variables: Variables
 

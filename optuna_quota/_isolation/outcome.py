@@ -26,7 +26,7 @@ from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import TrialMonitor, Verdict
-from optuna_quota._metering.breach import find_refused_breach
+from optuna_quota._metering.breach import Ceilings, find_refused_breach
 from optuna_quota._metering.host import device_memory, free_memory
 from optuna_quota._metering.meter import DeviceShare, GpuUse
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
@@ -211,9 +211,8 @@ class OutcomeResolver:
         ):
             # Raised on the kernel's signal, which has no figures.
             used = self._monitor.usage().cpu_time or 0.0
-            ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
             breach = find_refused_breach(
-                "cpu_time", used, ceilings, elapsed, share=0.0, refused=False
+                "cpu_time", used, *self._ceilings(), share=0.0, refused=False
             )
         if breach is not None:
             self._terminate(breach, cause=error)
@@ -227,20 +226,21 @@ class OutcomeResolver:
     def _find_memory_breach(
         self, failed: messages.FailedAllocation, report: ExitReport, server: Server
     ) -> Breach | None:
-        ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
         enforced = server.ready is not None and server.ready.data_limit is not None
         return out_of_memory.find_memory_breach(
-            failed, report.memory, ceilings, elapsed, enforced=enforced
+            failed, report.memory, *self._ceilings(), enforced=enforced
         )
 
     def _terminate_at_limit(self, report: ExitReport, cause: BaseException | None = None) -> None:
-        ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
-        is_strict = self._options.strict_memory
         breach = out_of_memory.find_breach_at_exit(
-            report, ceilings, elapsed, strict_memory=is_strict
+            report, *self._ceilings(), strict_memory=self._options.strict_memory
         )
         if breach is not None:
             self._terminate(breach, cause=cause)
+
+    def _ceilings(self) -> tuple[Ceilings, float]:
+        """Return the ceilings in force, and the seconds that the trial has taken."""
+        return self._monitor.hard_ceilings, self._monitor.elapsed
 
     def _end_for_gpu(
         self, failed: messages.FailedAllocation, error: BaseException, report: ExitReport
@@ -250,7 +250,7 @@ class OutcomeResolver:
         size = device_memory({**os.environ, **monitor.environment})
         peak = monitor.usage().gpu_memory
         state = out_of_memory.read_gpu_memory_state(failed, peak, self._gpu_devices, size)
-        breach = out_of_memory.find_gpu_breach(state, monitor.hard_ceilings, monitor.elapsed)
+        breach = out_of_memory.find_gpu_breach(state, *self._ceilings())
         if breach is not None:
             self._terminate(breach, cause=error)
         reason = out_of_memory.describe_full_gpu(state, error)

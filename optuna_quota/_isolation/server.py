@@ -123,14 +123,13 @@ class Server:
         if self.exit is not None:
             return
         self.kill_soon()
-        with contextlib.suppress(NotStarted), selectors.DefaultSelector() as selector:
-            selector.register(self._control, selectors.EVENT_READ)
+        others: list[Any] = [self._remote.listener, *self._channels]
+        for source in others:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(source)
+        with contextlib.suppress(NotStarted):
             while self.exit is None:
-                if self._supervisor is not None and len(selector.get_map()) == 1:
-                    selector.register(self._supervisor, selectors.EVENT_READ)
-                for key, _ in selector.select(max(0.0, self._overdue - self._now())):
-                    self._serve_supervisor(key.fileobj)
-                self._check_overdue()
+                self._serve_ready(self._selector.select(max(0.0, self._overdue - self._now())))
 
     def serve(self) -> None:
         """Serve until the trial's process has ended; raises NotStarted if it never began."""
@@ -157,9 +156,7 @@ class Server:
                     now = time.monotonic()
                     due = now + max(_ROW_INTERVAL, (now - begun) / _ROW_SHARE)
                 ready = self._selector.select(max(0.0, due - time.monotonic()))
-            for key, _ in ready:
-                self._serve_ready(key.fileobj)
-            self._check_overdue()
+            self._serve_ready(ready)
         # Processes of the trial may have ended since they connected or sent something.
         while self._accept():
             pass
@@ -167,16 +164,19 @@ class Server:
             for message in channel.drain():
                 self._handle(message, channel)
 
-    def _serve_ready(self, source: Any) -> None:
-        if source is self._control or source == self._supervisor:
-            self._serve_supervisor(source)
-        elif source is self._remote.listener:
-            self._accept()
-        elif not self._serve_process(source):
-            self._selector.unregister(source)
-            if source is not self._channels[0]:
-                self._channels.remove(source)
-                source.close()
+    def _serve_ready(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        for key, _ in ready:
+            source: Any = key.fileobj
+            if source is self._control or source == self._supervisor:
+                self._serve_supervisor(source)
+            elif source is self._remote.listener:
+                self._accept()
+            elif not self._serve_process(source):
+                self._selector.unregister(source)
+                if source is not self._channels[0]:
+                    self._channels.remove(source)
+                    source.close()
+        self._check_overdue()
 
     def _accept(self) -> bool:
         new = self._remote.listener.accept()
@@ -290,11 +290,9 @@ class Server:
                 answer = self._answer(call)
         except BaseException as error:
             # An interrupt (Ctrl-C): the objective, which waits for the answer, gets it as well.
-            with contextlib.suppress(OSError):
-                _send_answer((call[0], None, pack_error(error)), channel)
+            _send_answer((call[0], None, pack_error(error)), channel)
             raise
-        with contextlib.suppress(ConnectionError):
-            _send_answer(answer, channel)
+        _send_answer(answer, channel)
         _, target, name, args, kwargs = call
         if name == "report" and target == rpc.TRIAL and answer[2] is None and args is not None:
             self._events.on_report(int(args[1] if args[1:] else kwargs["step"]))
@@ -321,9 +319,10 @@ class Server:
 
 
 def _send_answer(answer: rpc.Answer, channel: Channel) -> None:
-    try:
-        channel.send(answer)
-    except ConnectionError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the value can't be pickled
-        channel.send((answer[0], None, pack_error(error)))
+    with contextlib.suppress(OSError):  # the process is gone
+        try:
+            channel.send(answer)
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the value can't be pickled
+            channel.send((answer[0], None, pack_error(error)))

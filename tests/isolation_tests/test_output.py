@@ -153,8 +153,6 @@ def test_loggers_without_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch
 
 
 LOGGING = """
-import collections
-import enum
 import importlib
 import logging
 import sys
@@ -185,8 +183,6 @@ optuna.create_study().optimize(isolated(objective), n_trials=1)
 
 
 LOGGING_MODULE = """
-import collections
-import enum
 import importlib
 import logging
 import sys
