@@ -317,7 +317,15 @@ def _run_supervisor(
         link.close()
         # Its copy, and those of what it forks, would keep this open when the supervisor is killed.
         control.close()
-        _run_trial(channel, trial_link, crash_file, parent, supervisor, cgroup, inherited)
+        _leave_supervisor(supervisor, cgroup)
+        if inherited is None:
+            handles = (channel.fileno(), trial_link.fileno(), crash_file, parent)
+            _close_all_but(*handles, *_opened_by_modules)
+        else:
+            # A garbage collection would copy the inherited pages.
+            gc.freeze()
+        become_child(f"Trial-{supervisor}", parent)
+        os._exit(run_child(channel, link=trial_link, crash_file=crash_file, inherited=inherited))
     trial_link.close()
     _close_all_but(control.fileno(), parent, link.fileno(), crash_file)
     gc.disable()
@@ -337,15 +345,7 @@ def _run_supervisor(
     os._exit(0)
 
 
-def _run_trial(
-    channel: Channel,
-    link: socket.socket,
-    crash_file: int,
-    parent: int,
-    supervisor: int,
-    cgroup: Cgroup | None,
-    inherited: InheritedObjective | None,
-) -> NoReturn:
+def _leave_supervisor(supervisor: int, cgroup: Cgroup | None) -> None:
     # A session of its own: a trial that signals its process group must not hit its supervisor.
     os.setsid()
     linux.die_with_parent(supervisor)
@@ -355,14 +355,6 @@ def _run_trial(
     if faulthandler.is_enabled():
         linux.enlarge_signal_stack()
     handle_job_signals()
-    if inherited is None:
-        handles = (channel.fileno(), link.fileno(), crash_file, parent)
-        _close_all_but(*handles, *_opened_by_modules)
-    else:
-        # A garbage collection would copy the inherited pages.
-        gc.freeze()
-    become_child(f"Trial-{supervisor}", parent)
-    os._exit(run_child(channel, link=link, crash_file=crash_file, inherited=inherited))
 
 
 _opened_by_modules: set[int] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 import functools
 import os
 import re
@@ -147,23 +148,15 @@ def isolated(
     return Isolated(objective, options)
 
 
+@dataclass(eq=False, repr=False)
 class Script:
     """An objective that runs a script for each trial; made by :func:`script`."""
 
-    def __init__(
-        self,
-        words: Sequence[str],
-        params: Callable[[Any], Mapping[str, Any]],
-        options: IsolationOptions,
-        *,
-        folder: str | None,
-        env: Mapping[str, str],
-    ) -> None:
-        self.words = words
-        self.params = params
-        self.options = options
-        self.folder = folder
-        self.env = env
+    words: Sequence[str]
+    params: Callable[[Any], Mapping[str, Any]]
+    options: IsolationOptions
+    folder: str | None
+    env: Mapping[str, str]
 
     def __call__(self, trial: BaseTrial) -> Any:
         return TrialRun(self._bind, self.options, trial).run()
@@ -261,7 +254,7 @@ def script(
     if not _FIELD.search(words[0]):
         _check_program(words[0], folder, variables)
     options = isolated(params, grace_period=grace_period, on_crash=on_crash).options
-    return Script(words, params, options, folder=folder, env=dict(variables))
+    return Script(words, params, options, folder, dict(variables))
 
 
 def _check_program(program: str, folder: str | None, env: Mapping[str, str]) -> None:

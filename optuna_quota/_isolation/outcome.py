@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 import itertools
 import logging
 import math
@@ -55,32 +55,26 @@ INTERRUPTED = "The study was interrupted (KeyboardInterrupt)."
 _HINT = "Call the objective without `isolated` on `study.ask()` to see why; "
 
 
+@dataclass
 class OutcomeResolver:
     """Returns the value of a trial or raises what ended it, and sets the trial's verdict."""
 
-    def __init__(
-        self,
-        trial: BaseTrial,
-        study: Study | None,
-        monitor: TrialMonitor,
-        options: IsolationOptions,
-    ) -> None:
-        self._trial = trial
-        self._study = study
-        self._monitor = monitor
-        self._options = options
-        self._gpu_devices: Sequence[DeviceShare] = ()
+    trial: BaseTrial
+    study: Study | None
+    monitor: TrialMonitor
+    options: IsolationOptions
+    _gpu_devices: Sequence[DeviceShare] = ()
 
     def measure_gpus(self) -> None:
-        self._monitor.sample(fully=True)
-        self._gpu_devices = () if self._monitor.gpu is None else self._monitor.gpu.devices
+        self.monitor.sample(fully=True)
+        self._gpu_devices = () if self.monitor.gpu is None else self.monitor.gpu.devices
 
     def resolve(self, server: Server) -> Any:
         report, outcome = self._add_usage(server), server.outcome
         if server.breach is not None and server.never_fits:
             limit, held = server.breach.limit, server.breach.observed
             error = never_fits(limit, held, quota=server.breach.quota, isolated=True)
-            self._monitor.verdict = Verdict("failed", str(error))
+            self.monitor.verdict = Verdict("failed", str(error))
             raise error
         if server.breach is not None:
             self._terminate(server.breach, killed=report.killer is not None)
@@ -102,7 +96,7 @@ class OutcomeResolver:
 
         Its error may be due to the signal, which may have ended some of its processes.
         """
-        outcome, verdict = server.outcome, self._monitor.verdict
+        outcome, verdict = server.outcome, self.monitor.verdict
         if server.breach is not None or isinstance(outcome, messages.Returned):
             return False
         if not isinstance(outcome, messages.Raised) or outcome.stop_requested:
@@ -112,19 +106,19 @@ class OutcomeResolver:
 
     def preempt(self, server: Server, reason: str, grace_period: float) -> Any:
         """Return the value of a preempted trial if ``optimize`` runs it, else raise."""
-        assert self._study is not None
+        assert self.study is not None
         report = self._add_usage(server)
         if server.outcome is None and report.killer is not None:
             reason += f" The trial was killed, at most {grace_period:g} s after it had to stop."
-        self._monitor.verdict = Verdict("preempted", reason)
-        end_as_preempted(self._study, _optuna.trial_id_of(self._trial), reason)
+        self.monitor.verdict = Verdict("preempted", reason)
+        end_as_preempted(self.study, _optuna.trial_id_of(self.trial), reason)
         return self._end_without_value(reason, TrialPreempted(reason))
 
     def end_finished_outside(self, server: Server, reason: str) -> Any:
         """Return the value of a trial whose row was finished from outside, or raise."""
         self._add_usage(server)
-        self._monitor.verdict = Verdict("failed", reason)
-        self._monitor.close()
+        self.monitor.verdict = Verdict("failed", reason)
+        self.monitor.close()
         if isinstance(server.outcome, messages.Returned):
             return server.outcome.value
         return self._end_without_value(reason, LimitBreached(reason))
@@ -132,17 +126,17 @@ class OutcomeResolver:
     def end_interrupted(self, server: Server) -> None:
         reason = INTERRUPTED
         if server.exit is not None and self._add_usage(server).killer is not None:
-            grace_period = self._options.grace_period
+            grace_period = self.options.grace_period
             reason += f" The trial took longer than {grace_period:g} s to end: it was killed."
-        self._monitor.verdict = Verdict("failed", reason)
+        self.monitor.verdict = Verdict("failed", reason)
 
     def crash(self, report: ExitReport, reason: str, hint: str = _HINT) -> Any:
         """Return the value of a crashed trial if ``optimize`` is to continue, else raise."""
-        self._monitor.verdict = Verdict("failed", reason)
+        self.monitor.verdict = Verdict("failed", reason)
         if report.traceback:
-            _logger.error(f"Trial {self._trial.number}: {reason}\n{report.traceback}")
+            _logger.error(f"Trial {self.trial.number}: {reason}\n{report.traceback}")
         error = TrialCrashed(reason, exitcode=report.exitcode, traceback=report.traceback)
-        study, trial = self._study, self._trial
+        study, trial = self.study, self.trial
         if study is None or not isinstance(trial, Trial):
             raise error
         record_crash(study, trial)
@@ -154,13 +148,13 @@ class OutcomeResolver:
                 f"{series}, so the study ends. The last one, trial {trial.number}: {reason} {hint}"
                 "`optimize(..., catch=(TrialCrashed,))` continues anyway.",
             )
-        elif self._options.on_crash == "fail":
+        elif self.options.on_crash == "fail":
             return crash_value(reason, len(study.directions))
         raise error
 
     def _end_without_value(self, reason: str, error: BaseException) -> Any:
         """Return the value of a trial without a result if ``optimize`` runs it, else raise."""
-        study, trial = self._study, self._trial
+        study, trial = self.study, self.trial
         if study is None or not isinstance(trial, Trial) or not _optuna.is_run_by_optimize(trial):
             raise error
         return crash_value(reason, len(study.directions))
@@ -170,14 +164,14 @@ class OutcomeResolver:
         report, outcome = server.exit, server.outcome
         assert report is not None
         if report.stuck:
-            _logger.warning(f"Trial {self._trial.number}: {report.stuck}")
+            _logger.warning(f"Trial {self.trial.number}: {report.stuck}")
         gpu_memory = None if outcome is None else outcome.gpu_memory
-        if gpu_memory is not None and self._monitor.gpu is None:
-            self._monitor.gpu = GpuUse("framework")
-        self._monitor.add_usage(
+        if gpu_memory is not None and self.monitor.gpu is None:
+            self.monitor.gpu = GpuUse("framework")
+        self.monitor.add_usage(
             Usage(memory=report.memory, cpu_time=report.cpu_time, gpu_memory=gpu_memory)
         )
-        self._monitor.record_unseen_peak(report.unseen_memory)
+        self.monitor.record_unseen_peak(report.unseen_memory)
         return report
 
     def _return(self, value: Any, report: ExitReport, server: Server) -> Any:
@@ -189,7 +183,7 @@ class OutcomeResolver:
                 self._terminate(breach)
         if report.leftovers:
             _logger.warning(
-                f"Trial {self._trial.number} left processes behind, which were killed: "
+                f"Trial {self.trial.number} left processes behind, which were killed: "
                 f"{', '.join(report.leftovers)}."
             )
         return value
@@ -210,7 +204,7 @@ class OutcomeResolver:
             and (error.resource, error.limit) == ("cpu_time", None)
         ):
             # Raised on the kernel's signal, which has no figures.
-            used = self._monitor.usage().cpu_time or 0.0
+            used = self.monitor.usage().cpu_time or 0.0
             breach = find_refused_breach(
                 "cpu_time", used, *self._ceilings(), share=0.0, refused=False
             )
@@ -233,20 +227,20 @@ class OutcomeResolver:
 
     def _terminate_at_limit(self, report: ExitReport, cause: BaseException | None = None) -> None:
         breach = out_of_memory.find_breach_at_exit(
-            report, *self._ceilings(), strict_memory=self._options.strict_memory
+            report, *self._ceilings(), strict_memory=self.options.strict_memory
         )
         if breach is not None:
             self._terminate(breach, cause=cause)
 
     def _ceilings(self) -> tuple[Ceilings, float]:
         """Return the ceilings in force, and the seconds that the trial has taken."""
-        return self._monitor.hard_ceilings, self._monitor.elapsed
+        return self.monitor.hard_ceilings, self.monitor.elapsed
 
     def _end_for_gpu(
         self, failed: messages.FailedAllocation, error: BaseException, report: ExitReport
     ) -> Any:
         """End a trial that got no GPU memory; ``optimize`` continues if others had taken it."""
-        monitor = self._monitor
+        monitor = self.monitor
         size = device_memory({**os.environ, **monitor.environment})
         peak = monitor.usage().gpu_memory
         state = out_of_memory.read_gpu_memory_state(failed, peak, self._gpu_devices, size)
@@ -257,7 +251,7 @@ class OutcomeResolver:
         if reason is None or isinstance(error, TrialPruned):
             return self._fail(error, report)
         monitor.verdict = Verdict("failed", reason)
-        if self._options.on_crash == "raise":
+        if self.options.on_crash == "raise":
             raise error
         value = self._end_without_value(reason, error)
         self._try_again_elsewhere(state)
@@ -265,8 +259,8 @@ class OutcomeResolver:
 
     def _try_again_elsewhere(self, state: out_of_memory.GpuMemoryState) -> None:
         """Enqueue a trial again whose assigned GPU was full, if other GPUs have room."""
-        study, trial = self._study, self._trial
-        assigned = self._monitor.environment.get("CUDA_VISIBLE_DEVICES")
+        study, trial = self.study, self.trial
+        assigned = self.monitor.environment.get("CUDA_VISIBLE_DEVICES")
         if assigned is None or study is None or not isinstance(trial, Trial):
             return
         need = (state.held_there or 0.0) + (state.requested or 0.0)
@@ -285,14 +279,14 @@ class OutcomeResolver:
     def _terminate(
         self, breach: Breach, cause: BaseException | None = None, *, killed: bool = False
     ) -> NoReturn:
-        self._monitor.breach = self._monitor.breach or breach
-        if self._study is not None:
-            tolerate_constraints_failure(self._study, self._trial, self._monitor)
-        reason, elapsed = breach.reason, self._monitor.elapsed
+        self.monitor.breach = self.monitor.breach or breach
+        if self.study is not None:
+            tolerate_constraints_failure(self.study, self.trial, self.monitor)
+        reason, elapsed = breach.reason, self.monitor.elapsed
         if elapsed - breach.seconds > _LONG_END:
             ended = "was killed" if killed else "ended"
             reason += f" The trial {ended} after {format_seconds(elapsed)}."
-        self._monitor.verdict = Verdict("terminated", reason, breach)
+        self.monitor.verdict = Verdict("terminated", reason, breach)
         raise breach_error(breach, reason) from cause
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import faulthandler
 import os
 import pickle
-import select
 import signal
 import socket
 import sys
@@ -102,9 +101,7 @@ class PoliteStop:
     def wait_to_begin(self) -> None:
         """Wait until the supervisor lets the objective begin; it kills a trial over its limit."""
         assert self._link is not None
-        poll = select.poll()
-        poll.register(self._link, select.POLLIN)
-        poll.poll()
+        linux.is_ready(self._link.fileno())
         with contextlib.suppress(OSError):
             if self._link.recv(len(BEGIN), socket.MSG_PEEK) == BEGIN:
                 self._link.recv(len(BEGIN))

@@ -8,6 +8,7 @@ busy study. And if the study is killed, it survives to kill the trial.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass, KW_ONLY
 import math
 import os
 import pickle
@@ -63,6 +64,7 @@ _SUSPENSION_PERIOD = 0.05
 _LONGEST_TURN = 0.05
 
 
+@dataclass
 class Supervisor:
     """Supervises one trial, a child process, until none of its processes is left.
 
@@ -70,32 +72,24 @@ class Supervisor:
     trial's. ``monitoring`` is given if this process was forked from the study's.
     """
 
-    def __init__(
-        self,
-        control: Channel,
-        child: int,
-        *,
-        link: socket.socket,
-        parent: int,
-        crash_file: int,
-        cgroup: Cgroup | None,
-        monitoring: messages.BeginMonitoring | None = None,
-    ) -> None:
-        self._control = control
-        self._child = child
-        self._child_handle = os.pidfd_open(child)
-        self._link = link
-        self._parent = parent
-        self._crash_file = crash_file
-        self._cgroup = cgroup
-        self._memory = TreeSampler(child, forked_from_study=monitoring is not None)
-        self._monitoring: messages.BeginMonitoring | None = None
+    control: Channel
+    child: int
+    _: KW_ONLY
+    link: socket.socket
+    parent: int
+    crash_file: int
+    cgroup: Cgroup | None
+    monitoring: messages.BeginMonitoring | None = None
+
+    def __post_init__(self) -> None:
+        self._child_handle = os.pidfd_open(self.child)
+        self._memory = TreeSampler(self.child, forked_from_study=self.monitoring is not None)
         self._oom_kills_before = 0
         # Deadlines and limits on time exclude pauses of this process and of the study's.
         self._clock = RunningClock()
         self._monitored_since = 0.0
         self._ready_at: float | None = None
-        self._suspension = linux.StudySuspension(parent)
+        self._suspension = linux.StudySuspension(self.parent)
         self._suspension_due = 0.0
         self._suspended_at: float | None = None
         self._data_limit: DataLimit | None = None
@@ -111,26 +105,26 @@ class Supervisor:
         self._killed_at = math.inf
         self._exitcode: int | None = None
         self._poll = select.poll()
-        if monitoring is not None:
-            self._begin_monitoring(monitoring)
+        if self.monitoring is not None:
+            self._begin_monitoring(self.monitoring)
 
     def run(self) -> messages.ExitReport:
-        link = self._link.fileno()
-        for handle in (self._control.fileno(), self._child_handle, self._parent, link):
+        link = self.link.fileno()
+        for handle in (self.control.fileno(), self._child_handle, self.parent, link):
             self._poll.register(handle, select.POLLIN)
         while True:
             wait = self._tick()
             self._clock.fall_asleep(wait)
             ready = {handle for handle, _ in _poll(self._poll, wait)}
             self._clock.wake_up()
-            if self._control.fileno() in ready or self._control.pending():
+            if self.control.fileno() in ready or self.control.pending():
                 self._receive()
             # After the first message, which is sent before the objective can begin.
             if link in ready and self._exitcode is None:
                 self._poll.unregister(link)
                 self._begin_enforcing()
-            if self._parent in ready:
-                self._poll.unregister(self._parent)
+            if self.parent in ready:
+                self._poll.unregister(self.parent)
                 self._kill("request")
             if self._child_handle in ready or self._exitcode is not None:
                 return self._finish()
@@ -139,7 +133,7 @@ class Supervisor:
 
     def _tick(self) -> float | None:
         """Do what is due; return the seconds until the next task, None without one."""
-        self._exitcode = linux.reap().get(self._child, self._exitcode)
+        self._exitcode = linux.reap().get(self.child, self._exitcode)
         if self._exitcode is not None:
             return 0.0
         now = self._clock()
@@ -147,7 +141,7 @@ class Supervisor:
             # Reading the state of a process that hangs in the kernel may hang as well.
             # During one long sleep, a pause of this process would not be noticed.
             return min(LONGEST_INTERVAL, max(0.0, self._killed_at + KILL_TIME - now))
-        if self._monitoring is None:
+        if self.monitoring is None:
             return None
         if self._is_suspended(now):
             return _SUSPENSION_PERIOD
@@ -159,11 +153,11 @@ class Supervisor:
 
     def _receive(self) -> None:
         try:
-            message = self._control.receive()
+            message = self.control.receive()
         except (EOFError, OSError):
             # The study's process is gone, or has abandoned this trial.
             with contextlib.suppress(KeyError):
-                self._poll.unregister(self._control.fileno())
+                self._poll.unregister(self.control.fileno())
             self._kill("request")
             return
         if isinstance(message, messages.BeginMonitoring):
@@ -178,25 +172,25 @@ class Supervisor:
     # Memory.
 
     def _begin_monitoring(self, monitoring: messages.BeginMonitoring) -> None:
-        self._monitoring, self._monitored_since = monitoring, self._clock()
+        self.monitoring, self._monitored_since = monitoring, self._clock()
         self._memory.outsiders = monitoring.outsiders
         linux.raise_priority()
         self._oom_kills_before = linux.count_oom_kills()
 
     def _begin_enforcing(self) -> None:
         try:
-            ready = pickle.loads(self._link.recv(1 << 16))
+            ready = pickle.loads(self.link.recv(1 << 16))
         except (OSError, EOFError):
             return  # the trial has ended before that
         assert isinstance(ready, messages.Ready)
-        if self._monitoring is None:
+        if self.monitoring is None:
             # It was sent before, but came just after the poll had looked for it.
             self._receive()
-        if self._monitoring is None:
+        if self.monitoring is None:
             return  # the study's process is gone
         now = self._ready_at = self._clock()
         self._memory.begin(ready.memory)
-        limit = self._monitoring.memory
+        limit = self.monitoring.memory
         if limit is not None and ready.waits:
             memory = self._memory.read(now, limit)
             if is_breach("memory", memory, limit):
@@ -207,21 +201,21 @@ class Supervisor:
         if ready.waits:
             # Even without a limit here, as a message with one may have just arrived.
             with contextlib.suppress(OSError):
-                self._link.send(BEGIN)
+                self.link.send(BEGIN)
         if limit is None:
             return
         if ready.data_limit is not None:
-            self._data_limit = DataLimit(self._child, limit, ready.data_limit)
-        if self._cgroup is not None:
+            self._data_limit = DataLimit(self.child, limit, ready.data_limit)
+        if self.cgroup is not None:
             # The kernel also kills a trial that was asked to stop and continues to grow.
             room = limit - self._memory.read(now) + GRACE_MARGIN
             with contextlib.suppress(OSError):
-                self._cgroup.limit_memory(room + PAGE_TABLES * limit)
+                self.cgroup.limit_memory(room + PAGE_TABLES * limit)
 
     def _check_memory(self, now: float) -> float:
         """Measure; stop the trial for a breach; return the seconds until the next measurement."""
-        assert self._monitoring is not None and self._ready_at is not None
-        limit = self._monitoring.memory
+        assert self.monitoring is not None and self._ready_at is not None
+        limit = self.monitoring.memory
         # Often at first, to see the peak of a short trial.
         wait = min(LONGEST_INTERVAL, max(FIRST_INTERVAL, (now - self._ready_at) / 8))
         self._memory.thorough_interval = wait
@@ -245,8 +239,8 @@ class Supervisor:
             else:
                 # First the stop: the trial takes memory until it has it.
                 breach = self._breach_of_memory(memory, limit, now)
-                self._stop(breach, self._monitoring.grace_period)
-                self._report(breach, self._monitoring.grace_period)
+                self._stop(breach, self.monitoring.grace_period)
+                self._report(breach, self.monitoring.grace_period)
                 self._hurry_until = now + _HURRY
         if now < self._hurry_until:
             return _HURRIED_INTERVAL
@@ -254,15 +248,15 @@ class Supervisor:
         return min(wait, sampling_interval(headroom, self._memory.growth))
 
     def _breach_of_memory(self, memory: float, limit: float, now: float) -> Breach:
-        assert self._monitoring is not None
-        elapsed = self._monitoring.elapsed + now - self._monitored_since
-        return Breach("memory", limit, memory, elapsed, quota=self._monitoring.quota)
+        assert self.monitoring is not None
+        elapsed = self.monitoring.elapsed + now - self._monitored_since
+        return Breach("memory", limit, memory, elapsed, quota=self.monitoring.quota)
 
     def _report(
         self, breach: Breach, grace_period: float, *, before_objective: bool = False
     ) -> None:
         with contextlib.suppress(OSError):
-            self._control.send(messages.BreachFound(breach, before_objective, grace_period))
+            self.control.send(messages.BreachFound(breach, before_objective, grace_period))
 
     # Stop and kill.
 
@@ -278,7 +272,7 @@ class Supervisor:
             return
         self._deadline = self._clock() + grace_period
         with contextlib.suppress(OSError):
-            self._link.send(pickle.dumps(reason))
+            self.link.send(pickle.dumps(reason))
         for number in (STOP_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._child_handle, number)
@@ -288,8 +282,8 @@ class Supervisor:
         self._killer = self._killer or killer or ("breach" if self._breach else "request")
         self._killed_at = min(self._killed_at, self._clock())
         self._deadline = math.inf
-        if self._cgroup is not None:
-            self._cgroup.kill()
+        if self.cgroup is not None:
+            self.cgroup.kill()
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self._child_handle, signal.SIGKILL)
         # Freeing its memory takes time, in which a worker may continue to allocate.
@@ -312,12 +306,12 @@ class Supervisor:
 
     def _check_paused(self, now: float) -> None:
         """Kill a process that a signal has suspended for too long, as the study would hang."""
-        assert self._monitoring is not None
+        assert self.monitoring is not None
         if now < self._look_due:
             return
         self._look_due = now + _SUSPENSION_PERIOD
-        timeout = self._monitoring.grace_period
-        if linux.process_state(self._child) != "T":
+        timeout = self.monitoring.grace_period
+        if linux.process_state(self.child) != "T":
             self._paused_at, self._pause_reported = None, False
         elif self._paused_at is None:
             # A cluster that suspends a job stops its processes one after another.
@@ -325,7 +319,7 @@ class Supervisor:
         elif not self._pause_reported and now > self._paused_at + 2 * _SUSPENSION_PERIOD:
             self._pause_reported = True
             with contextlib.suppress(OSError):
-                self._control.send(messages.ProcessPaused(timeout))
+                self.control.send(messages.ProcessPaused(timeout))
         elif now - self._paused_at >= timeout:
             self._kill("stopped")
 
@@ -333,14 +327,14 @@ class Supervisor:
 
     def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
-            self._exitcode = linux.reap().get(self._child)
+            self._exitcode = linux.reap().get(self.child)
         with contextlib.suppress(OSError, EOFError):  # it was killed
-            self._memory.end(pickle.loads(self._link.recv(1 << 16, socket.MSG_DONTWAIT)))
+            self._memory.end(pickle.loads(self.link.recv(1 << 16, socket.MSG_DONTWAIT)))
         return self._exit_report(*self._kill_leftovers())
 
     def _give_up(self) -> messages.ExitReport:
         """Kill all but the trial's own process, which can't be killed, and report."""
-        killed = {self._child}
+        killed = {self.child}
         while new := [pid for pid in linux.descendants() if pid not in killed]:
             killed.update(new)
             # Reading the command of a process that hangs in the kernel may hang as well.
@@ -349,7 +343,7 @@ class Supervisor:
             # The helpers that remove shared memory wait for that process as well.
             doomed = (p for p in new if p not in hanging and not linux.is_cleaner(p))
             linux.send(signal.SIGKILL, doomed, killed)
-        return self._exit_report((), [self._child])
+        return self._exit_report((), [self.child])
 
     def _exit_report(self, leftovers: tuple[str, ...], stuck: list[int]) -> messages.ExitReport:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -360,10 +354,10 @@ class Supervisor:
         oom_kills = cgroup_oom_kills = 0
         if self._exitcode == -signal.SIGKILL:  # reading the host's counters takes a while
             oom_kills = linux.count_oom_kills() - self._oom_kills_before
-        if self._cgroup is not None:
-            cgroup_oom_kills = self._cgroup.oom_kills()
-            self._cgroup.remove()
-        os.lseek(self._crash_file, 0, os.SEEK_SET)
+        if self.cgroup is not None:
+            cgroup_oom_kills = self.cgroup.oom_kills()
+            self.cgroup.remove()
+        os.lseek(self.crash_file, 0, os.SEEK_SET)
         return messages.ExitReport(
             exitcode=self._exitcode,
             killer=self._killer,
@@ -373,7 +367,7 @@ class Supervisor:
             leftovers=leftovers,
             oom_kills=oom_kills,
             cgroup_oom_kills=cgroup_oom_kills,
-            traceback=os.read(self._crash_file, 1 << 16).decode(errors="replace"),
+            traceback=os.read(self.crash_file, 1 << 16).decode(errors="replace"),
             stuck=_describe_stuck(stuck) if stuck else "",
         )
 

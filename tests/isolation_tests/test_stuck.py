@@ -205,15 +205,15 @@ def test_nothing_that_a_process_has_started_stays_where_it_can_not_be_killed(
         supervisor.KILL_TIME = 0.2
         body = "import subprocess as s, time; p = s.Popen(['sleep', '600']); time.sleep(600)"
         with supervise([sys.executable, "-c", body]) as (found, ours, link):
-            until(lambda: linux.children(found._child))
-            (worker,) = linux.children(found._child)
+            until(lambda: linux.children(found.child))
+            (worker,) = linux.children(found.child)
             ours.send(BeginMonitoring(1.0, None, False, 0.0))
-            ready = Ready(found._child, os.getpid(), None, waits=False, memory=None)
+            ready = Ready(found.child, os.getpid(), None, waits=False, memory=None)
             link.send(pickle.dumps(ready))
             threading.Timer(0.5, ours.send, [KillTrial()]).start()
             report = found.run()
             until(lambda: linux.process_state(worker) in ("", "Z"), 10)
-            assert report.exitcode is None and str(found._child) in report.stuck
+            assert report.exitcode is None and str(found.child) in report.stuck
             assert report.killer == "request" and report.memory > 2**20
             assert report.cpu_time > 0
     """
@@ -230,9 +230,9 @@ def test_a_trial_that_has_begun_and_ended_before_its_supervisor_looks_is_reporte
         + """
         with supervise([sys.executable, "-c", "raise SystemExit(3)"]) as (found, ours, link):
             ours.send(BeginMonitoring(1.0, None, False, 0.0))
-            ready = Ready(found._child, os.getpid(), None, waits=False, memory=None)
+            ready = Ready(found.child, os.getpid(), None, waits=False, memory=None)
             link.send(pickle.dumps(ready))
-            until(lambda: linux.process_state(found._child) == "Z")
+            until(lambda: linux.process_state(found.child) == "Z")
             assert found.run().exitcode == 3
     """
     )
@@ -259,8 +259,8 @@ def test_the_command_of_a_process_that_hangs_in_the_kernel_is_not_read(
         body = "import subprocess as s, time; p = s.Popen(['sleep', '600']); time.sleep({{}})"
         body = body.format(0.5 if {leaves} else 600)
         with supervise([sys.executable, "-c", body]) as (found, ours, link):
-            until(lambda: linux.children(found._child))
-            (worker,) = linux.children(found._child)
+            until(lambda: linux.children(found.child))
+            (worker,) = linux.children(found.child)
             linux.is_cleaner = linux.describe_process = ask
             state, linux.process_state = linux.process_state, lambda pid: "D"
             if not {leaves}:
@@ -303,7 +303,7 @@ def test_a_trial_that_waits_to_begin_begins_though_its_limit_is_gone(tmp_path: P
         found = Supervisor(
             theirs, child.pid, link=link, parent=own, crash_file=crash.fileno(), cgroup=None
         )
-        found._monitoring = BeginMonitoring(grace_period=1.0, memory=None, quota=False, elapsed=0)
+        found.monitoring = BeginMonitoring(grace_period=1.0, memory=None, quota=False, elapsed=0)
         trial_link.send(pickle.dumps(Ready(child.pid, os.getpid(), None, waits=True, memory=None)))
         found._begin_enforcing()
         child.kill()

@@ -352,7 +352,7 @@ def test_a_breach_of_memory_stops_the_trial_first_and_is_followed_closely() -> N
         cgroup=None,
     )
     try:
-        supervisor._monitoring = BeginMonitoring(5.0, memory=1.0, quota=False, elapsed=0.0)
+        supervisor.monitoring = BeginMonitoring(5.0, memory=1.0, quota=False, elapsed=0.0)
         supervisor._ready_at = 0.0
         supervisor._memory.begin(None)
         assert supervisor._check_memory(100.0) <= 0.0001
