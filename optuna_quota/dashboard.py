@@ -41,7 +41,7 @@ from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna, _records
 from optuna_quota._analysis.study_analysis import StudyAnalysis
-from optuna_quota._analysis.study_trials import ENDED, FinishedTrial, main_resource
+from optuna_quota._analysis.study_trials import FinishedTrial, main_resource
 from optuna_quota._resources import format_amount, USAGE_RESOURCES
 from optuna_quota.visualization._cost import plot_burn_down, plot_objectives, plot_waste
 from optuna_quota.visualization._figures import plot_best_footprint, plot_ranked_slices, thin
@@ -127,8 +127,9 @@ def publish_report(
     _import_dashboard()
     trials, study_id = report.trials, _optuna.study_id_of(study)
     # Slow steps first, as another worker may begin meanwhile.
+    text = ReportText(report)
     note = study_note(
-        ReportText(report),
+        text,
         lambda number: f"/dashboard/studies/{study_id}/trials?numbers={number}",
     )
     has_plots = find_spec("plotly") is not None
@@ -141,8 +142,7 @@ def publish_report(
     dashboard.renew_note(note)
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
-    ended = [trial for trial in trials.finished if trial.outcome in ENDED]
-    for trial in ended[-_MAX_TRIAL_NOTES:]:
+    for trial in text.ended[:_MAX_TRIAL_NOTES]:
         trial_id = _optuna.trial_id_of(trial.trial)
         image = dashboard.image_url(trial_id)
         line = timeline_of(trial, trials.limits)
@@ -430,8 +430,7 @@ def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | Non
 
     ``limits`` are in SI base units, ``image`` is the URL of the plot of its usage over time.
     """
-    reason = row.record.reason or "No reason was recorded."
-    parts = [f"**{row.outcome.capitalize()}.** {escape(reason)}"]
+    parts = [f"**{row.outcome.capitalize()}.** {escape(row.reason)}"]
     if (breach := row.record.breach) is not None:
         limits = {**limits, breach.resource: breach.limit}
     cells = []

@@ -14,7 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from optuna_quota import _records
-from optuna_quota._ledger.totals import LONGEST_GAP
+from optuna_quota._ledger.totals import IntervalUnion, LONGEST_GAP
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering.breach import is_breach, quota_bound
 from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
@@ -170,13 +170,12 @@ def _used_up(traces: Sequence[TrialTrace], quota: Quota, resource: str, total: f
 
 def _clock_used_up(traces: Sequence[TrialTrace], total: float) -> float:
     """When the clock time of the trials, without longer pauses, reaches ``total``."""
-    used, until = 0.0, -math.inf
+    clock = IntervalUnion(gap=LONGEST_GAP)
     for trace in traces:
-        begin = until if trace.start - until <= LONGEST_GAP else trace.start
-        if trace.end > begin:
-            if used + trace.end - begin > quota_bound(total):
-                return begin + total - used
-            used, until = used + trace.end - begin, trace.end
+        if trace.seconds > 0:
+            clock.add(trace.start, trace.end)
+        if clock.total > quota_bound(total):
+            return trace.end - (clock.total - total)
     return math.inf
 
 

@@ -76,21 +76,17 @@ _MIN_GAIN_OF_SECOND = 0.02
 
 
 @dataclass(frozen=True)
-class Region:
-    """Trials on one side of a cut, or at one level."""
-
-    inside: Mask  # shape (n_trials,)
-    text: str  # such as "width >= 512"
-    complement: str  # the rest of the space, such as "width <= 511"
-    param: str
-
-
-@dataclass(frozen=True)
 class Rule:
-    """Trials that an edit of the search space would have removed."""
+    """Trials that an edit of the search space would have removed.
 
-    removed: Mask
-    text: str
+    Those of a region are on one side of a cut, or at one level; a pair of regions has no
+    condition.
+    """
+
+    removed: Mask  # shape (n_trials,)
+    text: str  # what is left of the space, such as "width <= 511"
+    condition: str = ""  # what is removed, such as "width >= 512"
+    param: str = ""
 
 
 def advise_search_space(
@@ -248,22 +244,22 @@ def _contrast(parameter: Parameter, breached: Mask, known: Mask) -> float:
     return float(2 * abs(ranks[hit].mean() - ranks[~hit].mean()))
 
 
-def _regions(parameter: Parameter, breached: Mask, known: Mask) -> Iterator[Region]:
+def _regions(parameter: Parameter, breached: Mask, known: Mask) -> Iterator[Rule]:
     x, name = parameter.values, parameter.name
     kept = known & parameter.active
     seen = np.unique(x[kept])
     if parameter.levels:
         for code in seen if len(seen) > 1 else ():
             level = f"{name} = {parameter.levels[int(code)]}"
-            yield Region(x == code, level, f"without {level}", name)
+            yield Rule(x == code, f"without {level}", level, name)
         return
     for below, above in _cuts(seen, x[kept], breached[kept]):
         bounds = _bounds_at(below, above, whole=bool((seen == np.round(seen)).all()))
         # Six digits if exact: a rounded bound may admit breaches.
         under, over = (f"{end:g}" if float(f"{end:g}") == end else f"{end:.17g}" for end in bounds)
         with np.errstate(invalid="ignore"):
-            yield Region(x >= above, f"{name} >= {over}", f"{name} <= {under}", name)
-            yield Region(x <= below, f"{name} <= {under}", f"{name} >= {over}", name)
+            yield Rule(x >= above, f"{name} <= {under}", f"{name} >= {over}", name)
+            yield Rule(x <= below, f"{name} >= {over}", f"{name} <= {under}", name)
 
 
 def _cuts(
@@ -291,12 +287,12 @@ def _bounds_at(below: float, above: float, *, whole: bool) -> tuple[float, float
 
 
 def _best_rule(
-    regions: Sequence[Region], breached: Mask, known: Mask, good: Mask
+    regions: Sequence[Rule], breached: Mask, known: Mask, good: Mask
 ) -> tuple[Rule | None, int]:
     """Return the best region, or pair of regions of two parameters, and the number tried."""
     if not regions:
         return None, 0
-    inside = np.array([r.inside for r in regions])
+    inside = np.array([r.removed for r in regions])
     # How many trials of each kind lie in both of two regions, each of shape (n, n).
     among = [inside[:, mask].astype(np.float32) for mask in (breached, known & ~breached, good)]
     hit, fit, lost = (product(each, each.T) for each in among)
@@ -308,11 +304,9 @@ def _best_rule(
     first, second = (regions[i] for i in divmod(int(pairs.argmax()), len(regions)))
     tried = len(regions) + int((~own).sum()) // 2
     if pairs.max() >= _MIN_GAIN_OF_CONDITION + (most if math.isfinite(most) else 0.0):
-        text = f"{first.complement} when {second.text}"
-        return Rule(first.inside & second.inside, text), tried
-    if not math.isfinite(most):
-        return None, tried
-    return Rule(regions[alone].inside, regions[alone].complement), tried
+        text = f"{first.text} when {second.condition}"
+        return Rule(first.removed & second.removed, text), tried
+    return regions[alone] if math.isfinite(most) else None, tried
 
 
 def _is_significant(rule: Rule, breached: Mask, known: Mask, tried: int) -> bool:

@@ -45,6 +45,10 @@ class FinishedTrial:
     def number(self) -> int:
         return self.trial.number
 
+    @property
+    def reason(self) -> str:
+        return self.record.reason or "No reason was recorded."
+
     def is_censored(self, resource: str) -> bool:
         """Return whether the trial would have used more, since it was stopped."""
         found = _records.evidence(resource, self.outcome, self.record.censored_by)
@@ -56,6 +60,13 @@ class FinishedTrial:
             return "not run"
         sign = "≥ " if self.is_censored(resource) else ""
         return f"{sign}{format_amount(resource, self.amounts[resource])}"
+
+    def main_usage(self) -> str:
+        """Return memory, time and what a limit ended, as far as known."""
+        ended_by = self.record.censored_by or "memory"
+        names = dict.fromkeys(("memory", "wall_time", "gpu_memory", ended_by))
+        known = [name for name in names if name in self.amounts]
+        return ", ".join(f"{get_resource(n).title} {self.format_usage(n)}" for n in known)
 
     def hover(self, resource: str, *more: str, params: Sequence[str] | None = None) -> str:
         """Return the lines shown when the mouse points at the trial.

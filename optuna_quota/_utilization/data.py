@@ -125,14 +125,9 @@ def _parameters(trials: Sequence[FrozenTrial]) -> Iterable[Parameter]:
             if distribution not in found.setdefault(name, []):
                 found[name].append(distribution)
     for name, distributions in found.items():
-        values = [t.params.get(name) for t in trials]
-        known = [name in t.params for t in trials]
+        given = [[t.params[name]] if name in t.params else [] for t in trials]
         choices = [choice for d in distributions for choice in getattr(d, "choices", ())]
-        # An infinite choice is no number to a model, but the parameter is set.
-        if all(is_number(c) and math.isfinite(c) for c in choices):
-            yield _number(name, values, known)
-        else:
-            yield _category(name, values, known, choices)
+        yield _parameter(name, given, choices)
 
 
 def _attributes(trials: Sequence[FrozenTrial], names: Sequence[str]) -> Iterable[Parameter]:
@@ -142,30 +137,21 @@ def _attributes(trials: Sequence[FrozenTrial], names: Sequence[str]) -> Iterable
                 f"`user_attrs` must differ from the hyperparameters but has {name!r}, which is "
                 "a hyperparameter."
             )
-        values = [t.user_attrs.get(name) for t in trials]
-        known = [isinstance(v, (int, float, str)) for v in values]
-        if all(is_number(v) for v, k in zip(values, known, strict=True) if k):
-            yield _number(name, values, known)
-        else:
-            yield _category(name, values, known, ())
+        values = (t.user_attrs.get(name) for t in trials)
+        yield _parameter(name, [[v] if isinstance(v, (int, float, str)) else [] for v in values])
 
 
-def _number(name: str, values: Sequence[Any], known: Sequence[bool]) -> Parameter:
-    numbers = np.array(
-        [float(v) if k else math.nan for v, k in zip(values, known, strict=True)], dtype=float
-    )
-    numbers[~np.isfinite(numbers)] = math.nan
-    return Parameter(name, numbers)
-
-
-def _category(
-    name: str, values: Sequence[Any], known: Sequence[bool], choices: Sequence[Any]
-) -> Parameter:
-    texts = [str(v) if k else None for v, k in zip(values, known, strict=True)]
-    levels = tuple(dict.fromkeys(t for t in [*map(str, choices), *texts] if t is not None))
+def _parameter(name: str, given: Sequence[list[Any]], choices: Sequence[Any] = ()) -> Parameter:
+    """Return numbers, or else levels, from the value of each trial, an empty list without one."""
+    found = [value for values in given for value in values]
+    # An infinite choice is no number to a model, but the parameter is set.
+    if all(map(is_number, found)) and all(is_number(c) and math.isfinite(c) for c in choices):
+        numbers = np.array([float(*values) if values else math.nan for values in given])
+        return Parameter(name, np.where(np.isfinite(numbers), numbers, math.nan))
+    levels = tuple(dict.fromkeys(map(str, [*choices, *found])))
     code = {level: float(i) for i, level in enumerate(levels)}
-    codes = np.array([math.nan if t is None else code[t] for t in texts], dtype=float)
-    return Parameter(name, codes, levels)
+    codes = [code[str(*values)] if values else math.nan for values in given]
+    return Parameter(name, np.array(codes, dtype=float), levels)
 
 
 def _has_all_parameters(trials: Sequence[FrozenTrial]) -> NDArray[np.bool_]:

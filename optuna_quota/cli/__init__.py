@@ -1,6 +1,12 @@
-"""The command line ``optuna-quota``: each subcommand is a module that adds its parser and runs.
+"""Keeps Optuna studies inside their computing-resource quotas.
 
-Errors become a sentence and an exit status.
+exit status:
+  0  it fits, or there was nothing to decide
+  1  an error, explained on stderr
+  2  invalid arguments
+  3  a projection does not fit, or a quota is exceeded
+
+`optuna-quota COMMAND --help` explains each command with examples.
 """
 
 from __future__ import annotations
@@ -29,15 +35,6 @@ from optuna_quota.cli.common import (
 
 
 _COMMANDS = (project, report, replay, status, doctor)
-_EPILOG = """\
-exit status:
-  0  it fits, or there was nothing to decide
-  1  an error, explained on stderr
-  2  invalid arguments
-  3  a projection does not fit, or a quota is exceeded
-
-`optuna-quota COMMAND --help` explains each command with examples.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,10 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
+    summary, _, epilog = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="optuna-quota",
-        description="Keeps Optuna studies inside their computing-resource quotas.",
-        epilog=_EPILOG,
+        description=summary,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

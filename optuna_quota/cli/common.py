@@ -53,9 +53,11 @@ def add_command(
 ) -> None:
     """Add a subcommand that can print a table or JSON: a module of its name.
 
-    It has ``SUMMARY``, one sentence; ``EXAMPLES``, lines to copy; ``KEYS``, those of its JSON with
-    their meaning; ``add_arguments``, and ``run``, which returns the exit status.
+    Its docstring has one sentence and examples to copy, ``KEYS`` the keys of its JSON with their
+    meaning; ``add_arguments`` adds arguments, and ``run`` returns the exit status.
     """
+    summary, _, examples = (command.__doc__ or "").partition("\n\n")
+    summary = " ".join(summary.split())
     lines = ["JSON keys (amounts in bytes, seconds and joules; unknown values are null):"]
     for key, meaning in command.KEYS.items():
         lines += textwrap.wrap(
@@ -63,9 +65,9 @@ def add_command(
         )
     parser = commands.add_parser(
         name_of(command),
-        help=command.SUMMARY,
-        description=command.SUMMARY,
-        epilog="\n".join(["examples:", textwrap.indent(command.EXAMPLES, "  "), *lines]),
+        help=summary,
+        description=summary,
+        epilog="\n".join(["examples:", textwrap.indent(examples, "  "), *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -1,4 +1,10 @@
-"""``optuna-quota doctor``: what this host can enforce and measure."""
+"""Show what this host can enforce and measure, what is limited and how to fix it.
+
+optuna-quota doctor
+optuna-quota doctor --format json | jq '.findings[] | select(.state != "ok")'
+optuna-quota doctor --storage postgresql+psycopg2://me@db/tuning
+optuna-quota doctor --strict      # exit status 1 unless all checks are ok
+"""
 
 from __future__ import annotations
 
@@ -17,13 +23,6 @@ if TYPE_CHECKING:
     from optuna_quota._doctor import Finding
 
 
-SUMMARY = "Show what this host can enforce and measure, what is limited and how to fix it."
-EXAMPLES = """\
-optuna-quota doctor
-optuna-quota doctor --format json | jq '.findings[] | select(.state != "ok")'
-optuna-quota doctor --storage postgresql+psycopg2://me@db/tuning
-optuna-quota doctor --strict      # exit status 1 unless all checks are ok
-"""
 KEYS = {
     "host": "its name",
     "platform": "system, release and machine",

@@ -1,4 +1,17 @@
-"""``optuna-quota project``: projects a strategy against a quota without running it."""
+r"""Project whether a study fits its quota, before it runs (exit status 3: it does not).
+
+# a known footprint
+optuna-quota project --n-trials 200 --n-jobs 2 --footprint memory=2GiB,wall_time=90s \
+      --quota wall_time=2h --quota memory=8GiB
+
+# learned from an earlier study
+optuna-quota project --n-trials 500 --storage sqlite:///tuning.db --study-name first \
+      --quota cost=40 --price cpu_time=0.05
+
+# in a CI job: exit status 3 unless it fits
+optuna-quota project --n-trials 50 --storage tuning.log --quota wall_time=30min \
+      --format json > projection.json
+"""
 
 from __future__ import annotations
 
@@ -18,20 +31,6 @@ if TYPE_CHECKING:
     from optuna_quota._projection.projection import Projection
 
 
-SUMMARY = "Project whether a study fits its quota, before it runs (exit status 3: it does not)."
-EXAMPLES = """\
-# a known footprint
-optuna-quota project --n-trials 200 --n-jobs 2 --footprint memory=2GiB,wall_time=90s \\
-    --quota wall_time=2h --quota memory=8GiB
-
-# learned from an earlier study
-optuna-quota project --n-trials 500 --storage sqlite:///tuning.db --study-name first \\
-    --quota cost=40 --price cpu_time=0.05
-
-# in a CI job: exit status 3 unless it fits
-optuna-quota project --n-trials 50 --storage tuning.log --quota wall_time=30min \\
-    --format json > projection.json
-"""
 KEYS = {
     "fits": "whether every quota holds with the required confidence",
     "probability": "the probability that every quota holds",

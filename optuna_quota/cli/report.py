@@ -1,4 +1,18 @@
-"""``optuna-quota report``: what drove the use of resources in a study."""
+"""Show which hyperparameters drive resource usage, how certainly, and what to change.
+
+optuna-quota report --storage sqlite:///tuning.db
+optuna-quota report --storage sqlite:///tuning.db --html report.html
+
+# publish into optuna-dashboard
+optuna-quota report --storage sqlite:///tuning.db --study-name first --publish
+
+# reuse what was learned in the next study's projection
+optuna-quota report --storage tuning.log --footprint learned.json
+optuna-quota project --n-trials 500 --footprint learned.json --quota wall_time=2h
+
+# what to request from the cluster
+optuna-quota report --storage tuning.log --format json | jq '.advice[].snippets'
+"""
 
 from __future__ import annotations
 
@@ -17,21 +31,6 @@ if TYPE_CHECKING:
     from optuna_quota._report import UtilizationReport
 
 
-SUMMARY = "Show which hyperparameters drive resource usage, how certainly, and what to change."
-EXAMPLES = """\
-optuna-quota report --storage sqlite:///tuning.db
-optuna-quota report --storage sqlite:///tuning.db --html report.html
-
-# publish into optuna-dashboard
-optuna-quota report --storage sqlite:///tuning.db --study-name first --publish
-
-# reuse what was learned in the next study's projection
-optuna-quota report --storage tuning.log --footprint learned.json
-optuna-quota project --n-trials 500 --footprint learned.json --quota wall_time=2h
-
-# what to request from the cluster
-optuna-quota report --storage tuning.log --format json | jq '.advice[].snippets'
-"""
 KEYS = {
     "study": "its name",
     "n_trials": "number of finished trials",

@@ -1,4 +1,15 @@
-"""``optuna-quota status``: the ledger of a study."""
+"""Show what a study has used, reserved and left, by resource, worker and outcome (exit status 3: a
+quota is exceeded).
+
+  optuna-quota status --storage sqlite:///tuning.db
+  optuna-quota status --storage postgresql+psycopg2://me@db/tuning --study-name first
+
+  # when would 100 more trials end, and is there quota left for them?
+  optuna-quota status --storage sqlite:///tuning.db --n-trials 100 --n-jobs 4
+
+  # in a CI job: exit status 3 when more was used than this
+  optuna-quota status --storage tuning.log --quota cpu_time=6h --format json
+"""
 
 from __future__ import annotations
 
@@ -15,20 +26,6 @@ if TYPE_CHECKING:
     from optuna_quota._projection.projection import Projection
 
 
-SUMMARY = (
-    "Show what a study has used, reserved and left, by resource, worker and outcome "
-    "(exit status 3: a quota is exceeded)."
-)
-EXAMPLES = """\
-optuna-quota status --storage sqlite:///tuning.db
-optuna-quota status --storage postgresql+psycopg2://me@db/tuning --study-name first
-
-# when would 100 more trials end, and is there quota left for them?
-optuna-quota status --storage sqlite:///tuning.db --n-trials 100 --n-jobs 4
-
-# in a CI job: exit status 3 when more was used than this
-optuna-quota status --storage tuning.log --quota cpu_time=6h --format json
-"""
 KEYS = {
     "study": "its name",
     "exceeded": "the resources whose quota is exceeded",

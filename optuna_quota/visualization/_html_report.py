@@ -141,7 +141,7 @@ def _models(text: ReportText) -> list[Safe]:
 
 
 def _ended(text: ReportText) -> list[Safe]:
-    rows = [[str(row.number), *row[1:]] for row in text.ended]
+    rows = [[str(t.number), t.outcome, t.reason, t.main_usage()] for t in text.ended]
     if not rows:
         return []
     head = ["trial", "outcome", "reason", "used"]

@@ -67,15 +67,6 @@ class DriverRow(NamedTuple):
         return f"{changed}: × {factor:.2f} ({lower:.2f} to {upper:.2f})"
 
 
-class EndedRow(NamedTuple):
-    """One trial that was terminated, rejected or preempted, or that failed."""
-
-    number: int
-    outcome: str
-    reason: str
-    used: str
-
-
 class ReportText:
     """The texts of a report, formatted; the most important first."""
 
@@ -180,17 +171,9 @@ class ReportText:
         return [*bounds, *self.report.advice]
 
     @property
-    def ended(self) -> list[EndedRow]:
+    def ended(self) -> list[FinishedTrial]:
         """Trials that ended without a value, the latest first."""
-        rows = []
-        for trial in reversed([t for t in self.finished if t.outcome in ENDED]):
-            breached = trial.record.censored_by or "memory"
-            names = dict.fromkeys(("memory", "wall_time", "gpu_memory", breached))
-            known = [name for name in names if name in trial.amounts]
-            used = [f"{get_resource(name).title} {trial.format_usage(name)}" for name in known]
-            reason = trial.record.reason or "No reason was recorded."
-            rows.append(EndedRow(trial.number, trial.outcome, reason, ", ".join(used)))
-        return rows
+        return [t for t in reversed(self.finished) if t.outcome in ENDED]
 
     def summary(self) -> str:
         """Return the report as text for a terminal."""
