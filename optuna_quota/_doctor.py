@@ -101,37 +101,27 @@ def check_platform(name: str) -> Finding:
     return _ok_if(name == "linux", "Linux: every kind of limit is supported.", problem)
 
 
-# What a trial may do: the problem, and what there is without it.
-_KERNEL = {
+# What a trial may do: area, state without it, the problem, what it means, the fix; what there is.
+_KERNEL: dict[str, tuple[Area, State, str, str, str, str]] = {
     "kernel memory limit": (
-        Finding(
-            "stopping",
-            "kernel memory limit",
-            "missing",
-            "RLIMIT_DATA is not enforced: {}.",
-            "`strict_memory=True` refuses no allocation: memory limits hold by sampling alone.",
-            "Run on Linux 4.7 or newer, without gVisor.",
-        ),
+        *("stopping", "missing"),
+        "RLIMIT_DATA is not enforced: {}.",
+        "`strict_memory=True` refuses no allocation: memory limits hold by sampling alone.",
+        "Run on Linux 4.7 or newer, without gVisor.",
         "RLIMIT_DATA is enforced, as `strict_memory=True` needs.",
     ),
     "out-of-memory killer": (
-        _degraded(
-            "stopping",
-            "out-of-memory killer",
-            "A trial's oom_score_adj can't be raised: {}.",
-            "When the host runs out of memory, the kernel may kill the worker, not the trial.",
-            "Mount /proc writable in the container.",
-        ),
+        *("stopping", "degraded"),
+        "A trial's oom_score_adj can't be raised: {}.",
+        "When the host runs out of memory, the kernel may kill the worker, not the trial.",
+        "Mount /proc writable in the container.",
         "When the host runs out of memory, the kernel kills the trial, not the worker.",
     ),
     "peak memory": (
-        _degraded(
-            "measuring",
-            "peak memory",
-            "The kernel's peak can't be reset: {}.",
-            "Without `isolated`, a peak between two samples may be missed.",
-            "Use `isolated`, or mount /proc writable in the container.",
-        ),
+        *("measuring", "degraded"),
+        "The kernel's peak can't be reset: {}.",
+        "Without `isolated`, a peak between two samples may be missed.",
+        "Use `isolated`, or mount /proc writable in the container.",
         "The kernel keeps the exact peak of each process.",
     ),
 }
@@ -139,9 +129,10 @@ _KERNEL = {
 
 def check_kernel(name: str, refused: str | None) -> Finding:
     """Check what the kernel permits; takes why it refuses, None if it does not."""
-    problem, permitted = _KERNEL[name]
-    problem = replace(problem, found=problem.found.format(refused))
-    return _ok_if(refused is None, permitted, problem)
+    area, state, problem, degrades, fix, permitted = _KERNEL[name]
+    if refused is None:
+        return Finding(area, name, "ok", permitted)
+    return Finding(area, name, state, problem.format(refused), degrades, fix)
 
 
 def _try_memory_limit() -> str | None:

@@ -74,21 +74,21 @@ def table_of(
 
     columns: dict[str, Any] = {
         "number": _series((t.number for t in trials), "int64"),
-        "state": _texts(t.state.name for t in trials),
+        "state": _series((t.state.name for t in trials), "object"),
         **_value_columns(trials, n_objectives),
         **_param_columns(trials),
     }
     usages = [measured_usage(t, r) for t, r in zip(trials, records, strict=True)]
     for name in USAGE_RESOURCES:
-        columns[name] = _floats(usage.get(name) for usage in usages)
+        columns[name] = _series(usage.get(name) for usage in usages)
     for name in _TEXTS:
-        columns[name] = _texts(getattr(r, name) for r in records)
+        columns[name] = _series((getattr(r, name) for r in records), "object")
     for name in _BREACH:
         field = name.removeprefix("breach_")
-        columns[name] = _floats(getattr(r.breach, field, None) for r in records)
+        columns[name] = _series(getattr(r.breach, field, None) for r in records)
     columns.update(_footprint_columns(records))
     for name in _names(usages):
-        columns.setdefault(name, _floats(usage.get(name) for usage in usages))
+        columns.setdefault(name, _series(usage.get(name) for usage in usages))
     table: DataFrame = pd.DataFrame(columns)
     return table
 
@@ -139,7 +139,7 @@ def _value_columns(trials: Sequence[FrozenTrial], n_objectives: int) -> dict[str
     values = [t.values or [] for t in trials]
     names = ["value"] if n_objectives == 1 else [f"values_{i}" for i in range(n_objectives)]
     return {
-        name: _floats(v[i] if i < len(v) else None for v in values) for i, name in enumerate(names)
+        name: _series(v[i] if i < len(v) else None for v in values) for i, name in enumerate(names)
     }
 
 
@@ -152,22 +152,13 @@ def _footprint_columns(records: Sequence[_records.TrialRecord]) -> dict[str, Any
     columns = {}
     for name in dict.fromkeys([*_ALWAYS_PROJECTED, *_names([r.footprint for r in records])]):
         found = [r.footprint.get(name) for r in records]
-        columns[f"footprint_{name}"] = _floats(f.median if f else None for f in found)
-        columns[f"footprint_{name}_lower"] = _floats(f.lower if f else None for f in found)
-        columns[f"footprint_{name}_upper"] = _floats(f.upper if f else None for f in found)
+        for end, suffix in {"median": "", "lower": "_lower", "upper": "_upper"}.items():
+            columns[f"footprint_{name}{suffix}"] = _series(getattr(f, end, None) for f in found)
     return columns
 
 
 def _names(mappings: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
-
-
-def _floats(values: Iterable[float | None]) -> Any:
-    return _series(values, "float64")
-
-
-def _texts(values: Iterable[str | None]) -> Any:
-    return _series(values, "object")
 
 
 def _params(values: list[Any]) -> Any:
@@ -178,7 +169,7 @@ def _params(values: list[Any]) -> Any:
     return _series(values, "float64" if is_number else "object")
 
 
-def _series(values: Iterable[Any], dtype: Any) -> Any:
+def _series(values: Iterable[Any], dtype: Any = "float64") -> Any:
     import pandas as pd
 
     return pd.Series(list(values), dtype=dtype)

@@ -168,9 +168,22 @@ class UtilizationModel:
 
     @cached_property
     def formula(self) -> str:
-        """The model as text, with the terms that are clear: ``p_adjusted`` below 5%."""
-        p_values = self.coefficients["p_adjusted"].to_numpy(dtype=float)
-        return _formula_text(self.resource, self.selected, self.floor, p_values)
+        """The model as text, with the terms that are clear: ``p_adjusted`` below 5%.
+
+        It can be computed. Each factor is 1 at the middle of its parameter, and at the most
+        frequent level of a category. So the constant is an amount of a usual size, and the
+        rounding of exponents moves little.
+        """
+        level, *slopes = self.selected.fit.beta
+        p_values = self.coefficients["p_adjusted"].to_numpy(dtype=float)[-len(slopes) :]
+        terms = zip(self.selected.design.columns, slopes, p_values, strict=False)
+        factors = [_factor(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
+        if not factors:
+            total = _amount(self.resource, self.floor + _bounded_exp(level))
+            return f"{self.resource} = {total}{_NO_TERM}"
+        parts = [_amount(self.resource, self.floor)] if self.floor else []
+        power = " · ".join([_amount(self.resource, _bounded_exp(level)), *factors])
+        return f"{self.resource} = {' + '.join([*parts, power])}"
 
     @property
     def has_clear_term(self) -> bool:
@@ -179,8 +192,24 @@ class UtilizationModel:
 
     @cached_property
     def diagnostics(self) -> list[str]:
-        """Warnings to act on; empty if there are none."""
-        return _diagnose(self.resource, self.selected, self.numbers, self.n_stopped_peaks)
+        """Warnings to act on, the most serious first; empty if there are none."""
+        found, n = [], len(self.numbers)
+        if 2 * self.n_censored > n:
+            found.append(
+                f"{self.n_censored} of {n} trials ended early and are lower bounds: the estimates "
+                "rely on the power law and on normal residuals where nothing was observed. Let "
+                "some of the largest trials run to their end."
+            )
+        found += [*_influence(self.selected, self.numbers), *_collinearity(self.selected)]
+        if not self.selected.fit.converged:
+            found.append("The fit did not converge: treat the estimates as rough.")
+        if self.n_stopped_peaks:
+            found.append(
+                f"The {get_resource(self.resource).title} of "
+                f"{counted(self.n_stopped_peaks, 'stopped trial')} is left out: the completed "
+                "trials show that it was still growing."
+            )
+        return [*found, *self.selected.design.notes]
 
     @property
     def notes(self) -> list[str]:
@@ -330,24 +359,6 @@ def short_number(value: float, digits: int = 3) -> str:
     return f"{float(f'{value:.{digits}g}'):.15g}"
 
 
-def _formula_text(resource: str, selected: Selected, floor: float, p_values: Array) -> str:
-    """Return a model as a formula of its clear terms, such that it can be computed.
-
-    Each factor is 1 at the middle of its parameter, and at the most frequent level of a category.
-    So the constant is an amount of a usual size, and the rounding of exponents moves little. The
-    p-values are those of all coefficients, adjusted for all tests.
-    """
-    level, *slopes = selected.fit.beta
-    terms = zip(selected.design.columns, slopes, p_values[-len(slopes) :], strict=False)
-    factors = [_factor(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
-    if not factors:
-        total = _amount(resource, floor + _bounded_exp(level))
-        return f"{resource} = {total}{_NO_TERM}"
-    parts = [_amount(resource, floor)] if floor else []
-    power = " · ".join([_amount(resource, _bounded_exp(level)), *factors])
-    return f"{resource} = {' + '.join([*parts, power])}"
-
-
 def _factor(column: Column | Product, b: float) -> str:
     columns = (column.one, column.other) if isinstance(column, Product) else (column,)
     shown = {"level": "{0.param}={0.level}", "active": "{0.param} set"}
@@ -378,29 +389,6 @@ def _amount(resource: str, value: float) -> str:
     symbol = known.unit.symbol
     enough = value >= _LEAST.get(symbol, 0.01)
     return known.format(value) if enough else f"{value:.2g} {symbol}".rstrip()
-
-
-def _diagnose(
-    resource: str, selected: Selected, numbers: NDArray[np.int64], n_stopped_peaks: int
-) -> list[str]:
-    """Return warnings about a fit to the trials of these numbers, the most serious first."""
-    censored, found = selected.sample.censored, []
-    if 2 * censored.sum() > len(censored):
-        found.append(
-            f"{censored.sum()} of {len(censored)} trials ended early and are lower bounds: the "
-            "estimates rely on the power law and on normal residuals where nothing was observed. "
-            "Let some of the largest trials run to their end."
-        )
-    found += [*_influence(selected, numbers), *_collinearity(selected)]
-    if not selected.fit.converged:
-        found.append("The fit did not converge: treat the estimates as rough.")
-    if n_stopped_peaks:
-        found.append(
-            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped "
-            f"trial{'s' * (n_stopped_peaks != 1)} is left out: the completed trials show that it "
-            "was still growing."
-        )
-    return [*found, *selected.design.notes]
 
 
 def _influence(selected: Selected, numbers: NDArray[np.int64]) -> Iterator[str]:

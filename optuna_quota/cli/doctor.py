@@ -9,7 +9,6 @@ optuna-quota doctor --strict      # exit status 1 unless all checks are ok
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
 import platform
 import shutil
@@ -58,7 +57,13 @@ def run(options: argparse.Namespace) -> int:
     if options.storage:
         findings += examine_storage(common.open_storage(options.storage))
     if options.format == "json":
-        common.write_json(_as_json(findings))
+        computed = {
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "counts": _counts(findings),
+            "findings": [vars(finding) for finding in findings],
+        }
+        common.write_json(computed)
     else:
         for line in lines(findings, min(shutil.get_terminal_size((80, 24)).columns, 100)):
             common.write_line(line)
@@ -66,18 +71,8 @@ def run(options: argparse.Namespace) -> int:
     return common.FAILED if options.strict and not healthy else common.OK
 
 
-def _as_json(findings: Sequence[Finding]) -> dict[str, object]:
-    return {
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "counts": _counts(findings),
-        "findings": [vars(finding) for finding in findings],
-    }
-
-
 def _counts(findings: Sequence[Finding]) -> dict[str, int]:
-    counted = Counter(finding.state for finding in findings)
-    return {"ok": counted["ok"], "degraded": counted["degraded"], "missing": counted["missing"]}
+    return {state: sum(finding.state == state for finding in findings) for state in _MARKS}
 
 
 def lines(findings: Sequence[Finding], width: int) -> list[str]:
