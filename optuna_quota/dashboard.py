@@ -40,7 +40,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna, _records
-from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._analysis.study_analysis import follows_law, StudyAnalysis, trials_of
 from optuna_quota._analysis.study_trials import FinishedTrial, main_resource
 from optuna_quota._resources import format_amount, USAGE_RESOURCES
 from optuna_quota.visualization._cost import plot_burn_down, plot_objectives, plot_waste
@@ -125,7 +125,7 @@ def publish_report(
 ) -> None:
     """Publish a study with its analysis, while ``is_current``: no other worker has begun to."""
     _import_dashboard()
-    trials, study_id = report.trials, _optuna.study_id_of(study)
+    trials, study_id = trials_of(report), _optuna.study_id_of(study)
     # Slow steps first, as another worker may begin meanwhile.
     text = ReportText(report)
     note = study_note(
@@ -152,7 +152,7 @@ def publish_report(
 
 
 def _plots(report: StudyAnalysis) -> dict[str, go.Figure]:
-    main = main_resource(report.trials.finished)
+    main = main_resource(trials_of(report).finished)
     quality = next((f for f in plot_objectives(report).values() if f.data), None)
     budget = plot_burn_down(report)
     # Fixed names, so that publishing again replaces them.
@@ -407,7 +407,7 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
         parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
     if formulas := text.report.formulas:
         form = {True: code, False: escape}
-        lines = [form[text.report.follows_law(n)](line) for n, line in formulas.items()]
+        lines = [form[follows_law(text.report, n)](line) for n, line in formulas.items()]
         parts += ["#### Fitted models", "\n".join(f"- {line}" for line in lines)]
     advice = text.advice[:_MAX_ADVICE]
     if advice:

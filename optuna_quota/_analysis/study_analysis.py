@@ -57,9 +57,15 @@ class PredictionError:
     is_wrong: bool  # whether the formula is no law of this resource
 
 
-def trials_of(study: Study | StudyAnalysis) -> StudyTrials:
+def trials_of(source: Study | StudyAnalysis) -> StudyTrials:
     """Return the finished trials as of now, or as of an analysis."""
-    return study.trials if isinstance(study, StudyAnalysis) else StudyTrials(study)
+    return source._trials if isinstance(source, StudyAnalysis) else StudyTrials(source)
+
+
+def follows_law(analysis: StudyAnalysis, resource: str) -> bool:
+    """Return whether a resource follows its formula, as far as the trials show."""
+    error = analysis.prediction_errors.get(resource)
+    return error is None or not error.is_wrong
 
 
 class StudyAnalysis:
@@ -170,14 +176,9 @@ class StudyAnalysis:
     def formulas(self) -> dict[str, str]:
         """The formula of each resource, or a sentence that it follows no power law."""
         return {
-            name: model.formula if self.follows_law(name) else self._no_law(name)
+            name: model.formula if follows_law(self, name) else self._no_law(name)
             for name, model in self.models.items()
         }
-
-    def follows_law(self, resource: str) -> bool:
-        """Return whether a resource follows its formula, as far as the trials show."""
-        error = self.prediction_errors.get(resource)
-        return error is None or not error.is_wrong
 
     def _no_law(self, resource: str) -> str:
         error = self.prediction_errors[resource]
@@ -190,7 +191,7 @@ class StudyAnalysis:
     def model_warnings(self, resource: str) -> list[str]:
         """Return the warnings about a formula; none if it is not shown."""
         model = self.models[resource]
-        if not self.follows_law(resource):
+        if not follows_law(self, resource):
             return []
         correlated = [r["param"] for r in claims(self.correlations) if r["resource"] == resource]
         left_out = [
@@ -212,8 +213,7 @@ class StudyAnalysis:
         return [*model.diagnostics, *omitted]
 
     @cached_property
-    def trials(self) -> StudyTrials:
-        """The finished trials as plots and texts show them."""
+    def _trials(self) -> StudyTrials:
         return StudyTrials(self.study, (self.data.trials, self.data.records))
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._analysis.study_analysis import StudyAnalysis, trials_of
 from optuna_quota._analysis.study_trials import measured_resources
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._cost import plot_burn_down, plot_objectives, plot_waste
@@ -42,7 +42,7 @@ def figures(report: StudyAnalysis) -> dict[str, Figure]:
     Raises:
         ImportError: If plotly is not installed.
     """
-    finished = report.trials.finished
+    finished = trials_of(report).finished
     resources = measured_resources(finished)
     ended = [t.number for t in finished if t.outcome == "terminated" and t.record.timeline]
     made = {
@@ -63,7 +63,7 @@ def plot_ranked_slices(
     report: StudyAnalysis, resource: str, max_panels: int = _MAX_PANELS
 ) -> Figure:
     """Return slices along the hyperparameters that the resource correlates with most."""
-    varied = varied_params(report.trials.with_usage(resource))
+    varied = varied_params(trials_of(report).with_usage(resource))
     rows = report.correlations[report.correlations["resource"] == resource]
     ranked = [name for name in rows["param"] if name in varied]
     names = list(dict.fromkeys([*ranked, *varied]))[:max_panels]

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._analysis.study_analysis import follows_law, StudyAnalysis
 from optuna_quota._html import element, prose, Safe, table
 from optuna_quota._resources import format_amount
 from optuna_quota._version import __version__
@@ -133,7 +133,7 @@ def _models(text: ReportText) -> list[Safe]:
         parts.append(element("h2", "Fitted models"))
     for name, formula in report.formulas.items():
         parts.append(element("p", element("b", _theme.resource_title(name)), class_="model"))
-        is_law = report.follows_law(name)
+        is_law = follows_law(report, name)
         parts.append(element("pre", formula) if is_law else element("p", prose(formula)))
         if warnings := report.model_warnings(name):
             parts.append(element("ul", *(element("li", prose(each)) for each in warnings)))

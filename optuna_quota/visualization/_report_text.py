@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 
 from optuna_quota._analysis.advice import Advice
 from optuna_quota._analysis.drivers import claims, Driver, MIN_TRIALS
-from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._analysis.study_analysis import follows_law, StudyAnalysis, trials_of
 from optuna_quota._analysis.study_trials import by_outcome, ENDED, FinishedTrial
 from optuna_quota._ledger.status import status
 from optuna_quota._records import PROPOSED, read_record
@@ -72,7 +72,7 @@ class ReportText:
 
     def __init__(self, report: StudyAnalysis) -> None:
         self.report = report
-        self.trials = report.trials
+        self.trials = trials_of(report)
         self.name = report.study.study_name
         self.finished = self.trials.finished
         self.waste = waste_of(self.trials)
@@ -344,7 +344,7 @@ def _model_lines(analysis: StudyAnalysis) -> Iterator[str]:
     )
     for name, model in analysis.models.items():
         yield from wrap(analysis.formulas[name], first="  ", indent="      ")
-        if not analysis.follows_law(name):
+        if not follows_law(analysis, name):
             continue
         data = analysis.data
         partial = int((np.isfinite(data.amounts(name)) & ~data.informative(name)).sum())
