@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 import math
 from weakref import WeakKeyDictionary
 
@@ -56,16 +56,14 @@ class PaceProfile:
 
     def __init__(self, steps: Steps) -> None:
         timed = _seconds_per_step(steps)
-        paces = [pace for _, pace in timed]
-        sums = [0.0, *accumulate(paces)]
+        n = len(timed)
+        sums = np.concatenate([[0.0], np.cumsum([pace for _, pace in timed])])
+        k = np.arange(1, n)
+        rest, before = (sums[-1] - sums[k]) / (n - k), (sums[k] - sums[k // 2]) / (k - k // 2)
+        speed_ups = np.divide(before, rest, out=np.ones_like(rest), where=rest > 0)
         self._steps = [step for step, _ in timed[1:]]
-        speed_ups = []
-        for k in range(1, len(paces)):
-            rest = (sums[-1] - sums[k]) / (len(paces) - k)
-            before = (sums[k] - sums[k // 2]) / (k - k // 2)
-            speed_ups.append(before / rest if rest > 0 else 1.0)
         # The largest from each step on.
-        self._speed_ups = [*accumulate(reversed(speed_ups), max)][::-1]
+        self._speed_ups = np.maximum.accumulate(speed_ups[::-1])[::-1].tolist()
 
     def speed_up(self, step: int) -> float:
         """Return by how much the trial became faster after a step, or after half as many.

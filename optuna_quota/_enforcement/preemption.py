@@ -53,8 +53,8 @@ class Preemption:
         self.deadline_of: object = None  # The object that set the deadline
         self._until_deadline = 0.0
         self._longest_grace: float | None = None
-        self._stops: dict[int, Callable[[str], None]] = {}
-        self._kills: dict[int, Callable[[], None]] = {}
+        # How to stop and to kill each trial, by its id.
+        self._handlers: dict[int, tuple[Callable[[str], None], Callable[[], None]]] = {}
         self._lock = threading.Lock()
 
     def set_deadline(self, deadline: float | None) -> None:
@@ -100,14 +100,14 @@ class Preemption:
         """Stop all trials politely; not to be called from a signal handler."""
         with self._lock:
             self.reason = self.reason or reason
-            stops = list(self._stops.values())
-        for stop in stops:
+            handlers = list(self._handlers.values())
+        for stop, _ in handlers:
             stop(reason)
 
     def kill(self) -> None:
         with self._lock:
-            kills = list(self._kills.values())
-        for kill in kills:
+            handlers = list(self._handlers.values())
+        for _, kill in handlers:
             kill()
 
     @contextlib.contextmanager
@@ -120,7 +120,7 @@ class Preemption:
     ) -> Iterator[None]:
         """Call these, from any thread, to stop a trial within the block and to kill it."""
         with self._lock:
-            self._stops[trial_id], self._kills[trial_id] = stop, kill
+            self._handlers[trial_id] = stop, kill
             self._longest_grace = max(grace_period, self._longest_grace or 0.0)
         timer = None
         reason = self.find_reason()
@@ -139,8 +139,7 @@ class Preemption:
             if timer is not None:
                 timer.cancel()
             with self._lock:
-                self._stops.pop(trial_id, None)
-                self._kills.pop(trial_id, None)
+                self._handlers.pop(trial_id, None)
 
 
 _preemptions: WeakKeyDictionary[BaseStorage, dict[int, Preemption]] = WeakKeyDictionary()

@@ -258,12 +258,9 @@ def limit_constraints(
     observed = dict(amounts)
     if breach is not None and not breach.quota:
         observed[breach.resource] = max(breach.observed, observed.get(breach.resource, 0.0))
-    return {
-        name: observed[name] / limit - 1.0
-        if math.isfinite(observed.get(name, math.nan))
-        else NEUTRAL
-        for name, limit in sorted(limits.amounts().items())
-    }
+    known = {name for name, amount in observed.items() if math.isfinite(amount)}
+    ceilings = sorted(limits.amounts().items())
+    return {n: observed[n] / limit - 1.0 if n in known else NEUTRAL for n, limit in ceilings}
 
 
 def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, Any]:

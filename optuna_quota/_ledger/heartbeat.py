@@ -114,13 +114,6 @@ class RunningTrials(dict[int, RunningTrial]):
                     del self[running.trial_id]
             return [r.number for r in self._of_this_thread() if not r.in_optimize]
 
-    def numbers(self, without: Collection[int]) -> list[tuple[int, bool]]:
-        """Return the numbers of all but some, by id, and whether this thread asked for each."""
-        with self.lock:
-            asked = self.asked_here()
-            others = [each for each in self.values() if each.trial_id not in without]
-            return [(each.number, each.number in asked) for each in others]
-
     def requested_by(self, in_optimize: bool) -> RequestedBy:
         if in_optimize:
             return "optimize"

@@ -209,8 +209,10 @@ class Ledger:
 
     def running_rows(self, without: Collection[int]) -> list[tuple[FrozenTrial, bool]]:
         """Return the rows of this process's running trials, and whether this thread asked."""
-        rows, found = self.trials, self._running.numbers(without)
-        return [(rows[number], asked) for number, asked in found if number < len(rows)]
+        rows, asked = self.trials, self._running.asked_here()
+        # Another thread may add one meanwhile.
+        found = [r.number for r in tuple(self._running.values()) if r.trial_id not in without]
+        return [(rows[n], n in asked) for n in found if n < len(rows)]
 
     def room(self, trial: FrozenTrial) -> dict[str, float]:
         """Return what a running trial may hold beside others on its host; positive."""

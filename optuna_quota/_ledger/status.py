@@ -1,10 +1,11 @@
-"""``status``: what a study has used, reserved and left of its quota."""
+"""``status``: what a study has used, reserved and left of its quota; the settings it stores."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+import logging
 import time
 from typing import Any, TYPE_CHECKING
 
@@ -12,11 +13,18 @@ from optuna.study import Study
 
 from optuna_quota import _optuna
 from optuna_quota._html import element, table
+from optuna_quota._ledger.heartbeat import others_run
 from optuna_quota._ledger.state import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
-from optuna_quota._limits import Quota, quota_from_amounts
+from optuna_quota._limits import Limits, Quota, quota_from_amounts
 from optuna_quota._metering.breach import quota_bound
-from optuna_quota._records import read_amounts, STUDY_LIMITS, STUDY_PRICES, STUDY_QUOTA
+from optuna_quota._records import (
+    amounts_object,
+    read_amounts,
+    STUDY_LIMITS,
+    STUDY_PRICES,
+    STUDY_QUOTA,
+)
 from optuna_quota._resources import (
     format_amount,
     get_resource,
@@ -30,6 +38,8 @@ from optuna_quota._units import align, counted, format_seconds
 
 if TYPE_CHECKING:
     from optuna_quota._projection.projection import Projection
+
+_logger = logging.getLogger("optuna.quota.sampler")
 
 
 @dataclass(frozen=True)
@@ -224,6 +234,58 @@ def stored_quota(attributes: Mapping[str, Any]) -> Quota:
     if "n_trials" in amounts and not float(amounts["n_trials"]).is_integer():
         del amounts["n_trials"]
     return quota_from_amounts(amounts, prices)
+
+
+def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bool) -> bool:
+    """Store a worker's quota and limits as the study's, unless another worker uses others.
+
+    Returns whether they are the study's now.
+    """
+    storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
+    stored = storage.get_study_user_attrs(study_id)
+    own: dict[str, Mapping[str, float]] = {
+        STUDY_QUOTA: amounts_object(quota),
+        STUDY_LIMITS: amounts_object(limits),
+    }
+    if quota.prices or stored.get(STUDY_PRICES):
+        own[STUDY_PRICES] = dict(quota.prices)
+    differing = [key for key in own if stored.get(key) != own[key]]
+    changes = [_change(key, stored[key], own[key]) for key in differing if key in stored]
+    if changes and others_run(study):
+        if warn:
+            _logger.warning(
+                f"Other workers of the study {study.study_name!r} run with another quota or other "
+                f"limits. {'. '.join(changes)}, for this worker's trials only: the study keeps "
+                "its own while other workers run. Give all workers the same."
+            )
+        return False
+    for key in differing:
+        storage.set_study_user_attr(study_id, key, own[key])
+    if changes:
+        _logger.info(f"{'. '.join(changes)}.")
+    # Two workers that start at the same moment have both written.
+    stored = storage.get_study_user_attrs(study_id) if differing else own
+    return all(stored.get(key) == own[key] for key in own)
+
+
+def _change(key: str, stored: Any, own: Mapping[str, float]) -> str:
+    """Return what differs, such as ``"Quota changed from 2 h to 4 h (wall time)"``."""
+    other = stored if isinstance(stored, Mapping) else {}
+    names = [n for n in dict.fromkeys([*other, *own]) if other.get(n) != own.get(n)]
+    parts = [
+        f"from {_shown(key, n, other.get(n))} to {_shown(key, n, own.get(n))} "
+        f"({get_resource(str(n)).title})"
+        for n in names
+    ]
+    title = {STUDY_QUOTA: "Quota", STUDY_LIMITS: "Limits"}.get(key, "Prices")
+    return f"{title} changed {', '.join(parts) or 'from what could not be read'}"
+
+
+def _shown(key: str, name: Any, value: Any) -> str:
+    if value is None:
+        return "none"
+    is_amount = key != STUDY_PRICES and isinstance(value, (int, float))
+    return format_amount(str(name), value) if is_amount else str(value)
 
 
 def _lines(totals: QuotaTotals, now: float) -> Iterator[LedgerLine]:

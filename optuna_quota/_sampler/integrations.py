@@ -40,22 +40,21 @@ _NOT_LAUNCHED = "Its batch of jobs was not launched, as another trial of it was 
 
 def adapt_tools() -> None:
     """Adapt the tools that are loaded."""
-    _adapt_ray_tune()
-    _adapt_hydra_sweeper()
+    for module, name, method, adapted in (
+        (_RAY_TUNE, "OptunaSearch", "suggest", _suggest_within_quota),
+        (_HYDRA, "OptunaSweeper", "sweep", _sweep_within_quota),
+    ):
+        tool = getattr(sys.modules.get(module), name, None)
+        if tool is not None and not hasattr(getattr(tool, method), "__wrapped__"):
+            setattr(tool, method, adapted(getattr(tool, method)))
 
 
-def _adapt_ray_tune() -> None:
-    """Make ``OptunaSearch``, if it is loaded, end its search when the quota is exhausted.
+def _suggest_within_quota(suggest: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    """Return a ``suggest`` of Ray Tune that ends its search when the quota is exhausted.
 
     Ray calls ``ask`` and ``tell`` in one thread, so ``ask`` must not wait, and an error ends the
     whole run. By Ray's protocol, ``suggest`` returns None for "not now", or "FINISHED".
     """
-    search = getattr(sys.modules.get(_RAY_TUNE), "OptunaSearch", None)
-    if search is not None and not hasattr(search.suggest, "__wrapped__"):
-        search.suggest = _suggest_within_quota(search.suggest)
-
-
-def _suggest_within_quota(suggest: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     refused: WeakKeyDictionary[Any, tuple[int, float]] = WeakKeyDictionary()
     n_rejected: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
@@ -90,20 +89,15 @@ def _suggest_within_quota(suggest: Callable[[Any, str], Any]) -> Callable[[Any, 
     return suggest_within_quota
 
 
-def _adapt_hydra_sweeper() -> None:
-    """Make ``OptunaSweeper``, if it is loaded, end its sweep when the quota is exhausted.
+def _sweep_within_quota(
+    sweep: Callable[[Any, list[str]], None],
+) -> Callable[[Any, list[str]], None]:
+    """Return a ``sweep`` of Hydra that ends when the quota is exhausted.
 
     It asks for a batch of trials, launches their jobs, and writes the results last. An error in
     ``ask`` would lose the results, and leave the batch's earlier trials running.
     """
-    sweeper = getattr(sys.modules.get(_HYDRA), "OptunaSweeper", None)
-    if sweeper is not None and not hasattr(sweeper.sweep, "__wrapped__"):
-        sweeper.sweep = _sweep_within_quota(sweeper.sweep)
 
-
-def _sweep_within_quota(
-    sweep: Callable[[Any, list[str]], None],
-) -> Callable[[Any, list[str]], None]:
     @functools.wraps(sweep)
     def sweep_within_quota(self: Any, arguments: list[str]) -> None:
         sweeper, n_jobs, rejected = self.sweeper, self.sweeper.n_jobs, (0, 0)

@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement import nesting
-from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.preemption import enqueue_again
 from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import (
@@ -26,7 +25,6 @@ from optuna_quota._enforcement.trial_result import (
     uniform_constraints,
 )
 from optuna_quota._footprint.user_given import as_footprint, by_value, from_value
-from optuna_quota._ledger.grant import Refusal
 from optuna_quota._ledger.heartbeat import LEASE
 from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
@@ -40,7 +38,7 @@ from optuna_quota._sampler.row_cleanup import (
     finish_failed_row,
 )
 from optuna_quota._sampler.study_projection import admit_strategy, project_study
-from optuna_quota._sampler.study_session import objective_uses_trial, StudySession, StudySessions
+from optuna_quota._sampler.study_session import StudySession, StudySessions
 from optuna_quota._units import Duration, parse_seconds
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import StudyRejected
@@ -262,45 +260,11 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
-        pruners = nesting.quota_pruners(whole.pruner)
-        if self._options.deadline is not None and not pruners:
+        if self._options.deadline is not None and not nesting.quota_pruners(whole.pruner):
             # Its `should_prune` is what stops trials in process.
             whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
-        session = self._session(whole)
         limits = self._limits_of(whole)
-        session.describe(whole, limits)
-        session.share_settings(whole, limits)
-        n_jobs = None if self.strategy is None else self.strategy.n_jobs
-        limits = resolve_cores(limits, n_jobs)
-        if not session.decided:
-            resumed = session.candidates.footprint if session.decided is None else None
-            session.decided = admit_strategy(self._options, limits, whole, resumed)
-        fixed = _optuna.fixed_params_of(trial)
-        refusal = session.refuse_late(fixed) or session.refuse_unfit(fixed)
-        running = refusal or session.ledger.reserve(
-            trial,
-            limits=limits,
-            footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
-            bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
-            needs=session.needs,
-            n_jobs=n_jobs,
-            is_over=lambda: session.is_ending(whole) and objective_uses_trial(whole),
-        )
-        if isinstance(running, Refusal):
-            session.refuse(whole, trial, running)
-            return
-        session.check_outlook(whole, limits)
-        self.base_sampler.before_trial(study, trial)
-        ceilings = limits.tightened(self.quota.held)
-        if self._options.on_crowded == "smaller":
-            ceilings = ceilings.tightened(session.ledger.room(trial))
-        session.begin_point(whole, trial, ceilings)
-        meters = {each.name: each for each in (*nesting.pruner_meters(pruners), *self.meters)}
-        interrupt = any(pruner.interrupt for pruner in pruners)
-        # Last, so that fits and imports do not count as the trial's usage.
-        session.start_trial(
-            whole, trial, running, limits, tuple(meters.values()), interrupt=interrupt
-        )
+        self._session(whole).admit(study, whole, trial, limits, self.meters)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial

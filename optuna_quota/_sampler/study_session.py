@@ -17,7 +17,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna, _records
-from optuna_quota._enforcement.active_trials import find_monitor, note_garbage, start_monitor
+from optuna_quota._enforcement import nesting
+from optuna_quota._enforcement.active_trials import (
+    find_monitor,
+    note_garbage,
+    resolve_cores,
+    start_monitor,
+)
 from optuna_quota._enforcement.preemption import enqueue_again, preemption_of
 from optuna_quota._enforcement.pruner import Interrupter
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings
@@ -28,16 +34,20 @@ from optuna_quota._enforcement.trial_result import (
 )
 from optuna_quota._ledger.gpus import check_gpus_per_trial, gpus_here
 from optuna_quota._ledger.grant import left_for_trial, Refusal, refuse_late
-from optuna_quota._ledger.heartbeat import others_run, RunningTrial
 from optuna_quota._ledger.ledger import Ledger
-from optuna_quota._limits import Limits, Quota
+from optuna_quota._ledger.status import store_study_settings
+from optuna_quota._limits import Limits
 from optuna_quota._metering import Meter, Verdict
-from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.ranking import Ranking
-from optuna_quota._sampler.study_projection import project_study, QuotaOutlook, rejection
+from optuna_quota._sampler.study_projection import (
+    admit_strategy,
+    project_study,
+    QuotaOutlook,
+    rejection,
+)
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
@@ -81,13 +91,61 @@ class StudySession:
         # The limits that the study and this worker agree on; None while they differ.
         self._shared_limits: Limits | None = None
 
-    def describe(self, study: Study, limits: Limits) -> None:
-        """Log once which earlier trials count, and limits that can't take effect."""
+    def admit(
+        self, seen: Study, study: Study, trial: FrozenTrial, limits: Limits, own: Sequence[Meter]
+    ) -> None:
+        """Admit a trial and start its metering, or keep it from running.
+
+        ``seen`` is the study as Optuna passed it, ``own`` are the sampler's own meters.
+        """
+        options, stated = self._options, self._options.footprint
+        footprint, fixed = self.candidates.footprint, _optuna.fixed_params_of(trial)
         if self.decided is None:
+            # Logged once: which earlier trials count, and limits that can't take effect.
             self.ledger.describe_past()
-            options = self._options
             has_purpose = options.deadline is not None or options.gpus_per_trial is not None
             warn_of_ceilings(study, limits, self._quota, has_purpose=has_purpose)
+        self.share_settings(study, limits)
+        n_jobs = None if options.strategy is None else options.strategy.n_jobs
+        limits = resolve_cores(limits, n_jobs)
+        if not self.decided:
+            resumed = footprint if self.decided is None else None
+            self.decided = admit_strategy(options, limits, study, resumed)
+        refusal = self._refuse_late(fixed) or self._refuse_unfit(fixed)
+        running = refusal or self.ledger.reserve(
+            trial,
+            limits=limits,
+            footprint=stated.amounts() if isinstance(stated, Usage) else {},
+            bounds=footprint.bounds_before_start(self._quota.held, fixed),
+            needs=self._needs,
+            n_jobs=n_jobs,
+            is_over=lambda: self._is_ending(study) and objective_uses_trial(study),
+        )
+        if isinstance(running, Refusal):
+            self._refuse(study, trial, running)
+            return
+        self._check_outlook(study, limits)
+        options.base_sampler.before_trial(seen, trial)
+        self._begin_point(study, trial, limits.tightened(self._quota.held))
+        pruners = nesting.quota_pruners(study.pruner)
+        meters = {each.name: each for each in (*nesting.pruner_meters(pruners), *own)}
+        # Last, so that fits and imports do not count as the trial's usage.
+        monitor = start_monitor(
+            study,
+            trial,
+            "sampler",
+            limits=limits,
+            left=running.left,
+            meters=tuple(meters.values()),
+            holder=trial,
+            here=options.metering not in (False, "reported"),
+        )
+        self.ledger.attach_monitor(running.trial_id, monitor)
+        _optuna.tolerate_finished_row(study, running.trial_id)
+        if any(pruner.interrupt for pruner in pruners):
+            interrupter = Interrupter.arm(monitor)
+            if interrupter is not None:
+                self._interrupters[running.trial_id] = interrupter
 
     def share_settings(self, study: Study, limits: Limits) -> None:
         """Store the quota and these limits as the study's, once no other worker runs."""
@@ -103,7 +161,7 @@ class StudySession:
             else:
                 self._logged.add("settings")
 
-    def check_outlook(self, study: Study, limits: Limits) -> None:
+    def _check_outlook(self, study: Study, limits: Limits) -> None:
         """Log early what the strategy will most likely use, and apply ``on_projected``."""
         options = self._options
         if options.strategy is None or not self._quota.totals.keys() - {"n_trials"}:
@@ -123,42 +181,16 @@ class StudySession:
     def is_refused(self, trial: FrozenTrial) -> bool:
         return _optuna.trial_id_of(trial) in self._refused
 
-    def begin_point(self, study: Study, trial: FrozenTrial, ceilings: Limits) -> None:
+    def _begin_point(self, study: Study, trial: FrozenTrial, ceilings: Limits) -> None:
+        if self._options.on_crowded == "smaller":
+            ceilings = ceilings.tightened(self.ledger.room(trial))
         self._promise_earlier(_optuna.trial_id_of(trial))
         totals, n_beside = self.ledger.left(trial)
         is_near_end = self._least_needs(totals, n_beside)
         left = self.candidates.footprint.margins().within(totals) if is_near_end else {}
         self.candidates.begin(study, trial, ceilings, self.ledger.trials, left, totals)
 
-    def start_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        running: RunningTrial,
-        limits: Limits,
-        meters: Sequence[Meter],
-        *,
-        interrupt: bool,
-    ) -> None:
-        trial_id = _optuna.trial_id_of(trial)
-        monitor = start_monitor(
-            study,
-            trial,
-            "sampler",
-            limits=limits,
-            left=running.left,
-            meters=meters,
-            holder=trial,
-            here=self._options.metering not in (False, "reported"),
-        )
-        self.ledger.attach_monitor(trial_id, monitor)
-        _optuna.tolerate_finished_row(study, trial_id)
-        if interrupt:
-            interrupter = Interrupter.arm(monitor)
-            if interrupter is not None:
-                self._interrupters[trial_id] = interrupter
-
-    def needs(self, free: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
+    def _needs(self, free: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
         """Return the smallest needs of any point, empty while much of the totals is free."""
         left = left_for_trial(self._quota, dict.fromkeys(free, 0.0), free)
         return self._least_needs(left, n_beside)
@@ -243,15 +275,15 @@ class StudySession:
     def end_when_exhausted(self, study: Study) -> None:
         if not _optuna.in_optimize_loop(study):
             return
-        refusal = self.refuse_late()
+        refusal = self._refuse_late()
         if refusal is None and self._options.on_exhausted == "stop":
-            refusal = self.ledger.exhausted(self.needs) or self.refuse_unfit()
+            refusal = self.ledger.exhausted(self._needs) or self._refuse_unfit()
         if refusal is not None:
             if not _optuna.is_last_of_optimize():
                 self._log_end(refusal.reason)
             study.stop()
 
-    def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
+    def _refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
         """Return a refusal if a trial with these fixed parameters would be late, else None."""
         if self._preemption.deadline_of is not self._options:
             # Trials of another sampler ran meanwhile.
@@ -263,7 +295,7 @@ class StudySession:
         likely = self.candidates.footprint.likely_seconds(self.ledger.trials, fixed)
         return refuse_late(deadline, time.time(), likely, self._preemption.margin)
 
-    def refuse_unfit(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
+    def _refuse_unfit(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
         """Return a refusal if too many points in a row did not fit what is left, else None."""
         unfit = self._unfit
         # Enumerating samplers end by themselves, and a smaller point may come later.
@@ -274,10 +306,10 @@ class StudySession:
         median, left = last.median or 0.0, last.limit or 0.0
         return Refusal(last.resource or "", median, left, median, reason=reason, final=True)
 
-    def is_ending(self, study: Study) -> bool:
+    def _is_ending(self, study: Study) -> bool:
         return _optuna.is_optimize_ending(study) or self._preemption.is_late
 
-    def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
+    def _refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
         """Keep a trial from running for which too little of the quota is left.
 
         Inside ``optimize``, the first method of the trial that the objective calls raises, and the
@@ -387,55 +419,3 @@ class StudySessions:
 def _session_key(study: Study) -> tuple[int, int, int]:
     # With the process, as a forked one keeps no session of its parent.
     return os.getpid(), _optuna.number_of(_optuna.storage_of(study)), _optuna.study_id_of(study)
-
-
-def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bool) -> bool:
-    """Store a worker's quota and limits as the study's, unless another worker uses others.
-
-    Returns whether they are the study's now.
-    """
-    storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
-    stored = storage.get_study_user_attrs(study_id)
-    own: dict[str, Mapping[str, float]] = {
-        _records.STUDY_QUOTA: _records.amounts_object(quota),
-        _records.STUDY_LIMITS: _records.amounts_object(limits),
-    }
-    if quota.prices or stored.get(_records.STUDY_PRICES):
-        own[_records.STUDY_PRICES] = dict(quota.prices)
-    differing = [key for key in own if stored.get(key) != own[key]]
-    changes = [_change(key, stored[key], own[key]) for key in differing if key in stored]
-    if changes and others_run(study):
-        if warn:
-            _logger.warning(
-                f"Other workers of the study {study.study_name!r} run with another quota or other "
-                f"limits. {'. '.join(changes)}, for this worker's trials only: the study keeps "
-                "its own while other workers run. Give all workers the same."
-            )
-        return False
-    for key in differing:
-        storage.set_study_user_attr(study_id, key, own[key])
-    if changes:
-        _logger.info(f"{'. '.join(changes)}.")
-    # Two workers that start at the same moment have both written.
-    stored = storage.get_study_user_attrs(study_id) if differing else own
-    return all(stored.get(key) == own[key] for key in own)
-
-
-def _change(key: str, stored: Any, own: Mapping[str, float]) -> str:
-    """Return what differs, such as ``"Quota changed from 2 h to 4 h (wall time)"``."""
-    other = stored if isinstance(stored, Mapping) else {}
-    names = [n for n in dict.fromkeys([*other, *own]) if other.get(n) != own.get(n)]
-    parts = [
-        f"from {_shown(key, n, other.get(n))} to {_shown(key, n, own.get(n))} "
-        f"({get_resource(str(n)).title})"
-        for n in names
-    ]
-    title = {_records.STUDY_QUOTA: "Quota", _records.STUDY_LIMITS: "Limits"}.get(key, "Prices")
-    return f"{title} changed {', '.join(parts) or 'from what could not be read'}"
-
-
-def _shown(key: str, name: Any, value: Any) -> str:
-    if value is None:
-        return "none"
-    is_amount = key != _records.STUDY_PRICES and isinstance(value, (int, float))
-    return format_amount(str(name), value) if is_amount else str(value)
