@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import time
 
 
 _PR_SET_PDEATHSIG = 1
@@ -188,6 +189,52 @@ def send(number: int, pids: Iterable[int], tree_pids: Iterable[int]) -> None:
                     signal.pidfd_send_signal(handle, number)
             finally:
                 os.close(handle)
+
+
+class TrialSession:
+    """The session that a trial's process leads, for when its supervisor was killed.
+
+    Processes that have left it are not found. A fork server, as their subreaper, kills them too.
+    """
+
+    def __init__(self, leader: int) -> None:
+        self._leader = leader
+        self._begun = _start_time(leader)
+
+    def kill(self) -> None:
+        # While the session has members, no other process can get its leader's pid.
+        if _start_time(self._leader) not in (None, self._begun):
+            return
+        for _ in range(_MOST_KILLS):
+            members = [pid for pid in _all_pids() if self._has(pid) and not is_exiting(pid)]
+            if not members:
+                return
+            for pid in members:
+                with contextlib.suppress(OSError):
+                    handle = os.pidfd_open(pid)
+                    try:
+                        if self._has(pid):
+                            signal.pidfd_send_signal(handle, signal.SIGKILL)
+                    finally:
+                        os.close(handle)
+            time.sleep(0.001)
+
+    def _has(self, pid: int) -> bool:
+        fields = _stat_fields(pid)
+        return bool(fields) and int(fields[3]) == self._leader
+
+
+# A process that is being killed may start another one; one that hangs in the kernel remains.
+_MOST_KILLS = 100
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _start_time(pid: int) -> bytes | None:
+    fields = _stat_fields(pid)
+    return fields[19] if fields else None
 
 
 def _read(pid: int, name: str) -> bytes:

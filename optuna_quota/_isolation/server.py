@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any, Protocol
 
-from optuna_quota._isolation import messages, rpc
+from optuna_quota._isolation import linux, messages, rpc
 from optuna_quota._isolation.channel import (
     Channel,
     pack_error,
@@ -84,6 +84,7 @@ class Server:
         self._started = False
         # A pidfd: copies of its connection may be open elsewhere when it is gone.
         self._supervisor: int | None = None
+        self._session: linux.TrialSession | None = None
         self._now = metering_loop().now
         self._overdue = math.inf
         self._stop_requested = False
@@ -204,11 +205,17 @@ class Server:
         if self._supervisor is not None:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._supervisor, signal.SIGKILL)
+        self._end_without_report()
         self.exit = messages.ExitReport(
             exitcode=None,
             stuck=f"The supervisor of the trial's process did not report its end within "
             f"{REPORT_TIME:g} s of when it was due, and was killed.",
         )
+
+    def _end_without_report(self) -> None:
+        """Kill what the trial has started and its supervisor can't kill any more."""
+        if self._session is not None:
+            self._session.kill()
 
     def _serve_supervisor(self, source: Any) -> None:
         is_gone = source == self._supervisor
@@ -223,6 +230,7 @@ class Server:
             if not self._started:
                 raise NotStarted("The trial's processes did not start.") from error
             # The supervisor was killed; the kernel has killed the trial along with it.
+            self._end_without_report()
             self.exit = messages.ExitReport(exitcode=None)
 
     def _handle_supervisor(self, message: Any) -> None:
@@ -266,6 +274,8 @@ class Server:
                 _logger.exception(f"{self._label}: a part of its output could not be shown here.")
         elif isinstance(message, messages.Ready):
             self.ready = message
+            if message.supervisor is not None:
+                self._session = linux.TrialSession(message.pid)
             self._events.on_ready(message)
         elif isinstance(message, UnreadableMessage):
             # It may wait for an answer, but the call is unreadable.

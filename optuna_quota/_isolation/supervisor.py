@@ -328,7 +328,8 @@ class Supervisor:
     def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
             self._exitcode = linux.reap().get(self.child)
-        with contextlib.suppress(OSError, EOFError):  # it was killed
+        # It was killed, or the objective has written to a descriptor that was not its own.
+        with contextlib.suppress(Exception):
             self._memory.end(pickle.loads(self.link.recv(1 << 16, socket.MSG_DONTWAIT)))
         return self._exit_report(*self._kill_leftovers())
 

@@ -9,6 +9,7 @@ import ctypes
 import os
 from pathlib import Path
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -21,11 +22,12 @@ import psutil
 import pytest
 
 from optuna_quota import isolated, Limits, TrialCrashed
+from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._isolation.linux import is_exiting
 from optuna_quota._isolation.messages import BeginMonitoring
 from optuna_quota._isolation.supervisor import Supervisor
 from optuna_quota._records import read_record
-from tests.isolation_tests.scripts import journal
+from tests.isolation_tests.scripts import journal, METHODS
 from tests.isolation_tests.trials import escape, needs_supervisor, run_one
 
 
@@ -219,7 +221,7 @@ SLEEPER = """
     import os, signal, sys, time
     import optuna
     from optuna_quota import isolated
-    from tests.isolation_tests.scripts import journal
+    from tests.isolation_tests.scripts import journal, METHODS
 
     # A shell's background job, as this suite may be one, is started deaf to these.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -282,6 +284,42 @@ def test_a_trial_ends_with_its_supervisor() -> None:
     trial = run_one(objective)
     assert trial.state == TrialState.FAIL
     assert not wait_until_gone([trial.user_attrs["pid"], trial.user_attrs["orphan"]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_of_a_trial_end_with_its_supervisor(method: StartMethod) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        child = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
+        trial.set_user_attr("children", [child.pid])
+        while not (found := psutil.Process(child.pid).children()):
+            time.sleep(0.005)
+        trial.set_user_attr("children", [child.pid, found[0].pid])
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+        return 0.0
+
+    trial = run_one(objective, start_method=method)
+    assert trial.state == TrialState.FAIL
+    assert not wait_until_gone(trial.user_attrs["children"])
+
+
+@pytest.mark.parametrize("sent", [b"no pickle", b"I5\n."])
+def test_what_an_objective_writes_to_a_socket_of_ours_does_no_harm(sent: bytes) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("child", subprocess.Popen(["sleep", "60"]).pid)
+        for handle in range(3, 64):
+            try:
+                found = socket.socket(fileno=os.dup(handle))
+            except OSError:
+                continue
+            with found:
+                if found.type == socket.SOCK_SEQPACKET:
+                    found.send(sent)
+        return 1.0
+
+    trial = run_one(objective, start_method="fork")
+    assert trial.value == 1.0
+    assert not wait_until_gone([trial.user_attrs["child"]])
 
 
 @pytest.mark.slow
