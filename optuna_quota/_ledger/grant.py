@@ -8,20 +8,24 @@ what is left, so that little is still reserved when a quota runs out.
 Memory and other resources held at one moment are granted as a whole, as a trial that is stopped
 for them has wasted its time: the upper bound of the footprint, or the limit, or else an even share
 of the quota. If nothing is known, the trial gets the whole quota until its footprint is learned.
+
+The memory of each GPU is a resource of its own, and a trial requests that of the GPUs with the
+most room. It does not wait for what processes outside of the study hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 import math
 from types import MappingProxyType
 from typing import Literal
 
-from optuna_quota._ledger.protocol import Claim, DEVICE, is_held, ResourceRequest, Shortage
+from optuna_quota._ledger.protocol import Claim, is_held, ResourceRequest, Shortage
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering.breach import extension_threshold, quota_bound
+from optuna_quota._metering.host import DEVICE, Gpu
 from optuna_quota._resources import (
     CHARGED_RESOURCES,
     format_amount,
@@ -43,6 +47,8 @@ _NOTHING: Mapping[str, float] = MappingProxyType({})
 _MIN_SHARE = 1e-3
 # A trial of unknown footprint starts with at least this share of a quota on memory and the like.
 _MIN_HELD_SHARE = 1 / 8
+# A trial of unknown footprint needs at least this share of a GPU's memory to start.
+_MIN_GPU_SHARE = 1 / 8
 # A grant is reduced if the trial's point needs less than this share of it.
 _RELEASE_BELOW = 0.9
 
@@ -139,6 +145,76 @@ def extension_requests(
 
 def _slice(free: float, running: int, least: float, ceiling: float) -> float:
     return min(ceiling, max(least, free / (2 * (running + 1))))
+
+
+@dataclass(frozen=True)
+class GpuChoice:
+    """Which GPUs one trial requests: those with the most room."""
+
+    gpus: Sequence[Gpu]
+    machine: str
+    need: float | None  # bytes, evenly on all of the trial's GPUs; None if unknown
+    count: int = 1
+    # What all processes hold now, in bytes by UUID, where known.
+    in_use: Mapping[str, float] = field(default_factory=dict)
+
+    def request(self, claims: Iterable[Claim]) -> dict[str, ResourceRequest]:
+        """Return the request for GPUs beside these claims; empty without GPUs."""
+        here = [claim for claim in claims if claim.machine == self.machine]
+        each = None if self.need is None else self.need / self.count
+        room, usable = {}, {}
+        for gpu in self.gpus:
+            name = gpu.resource
+            held = sum(max(c.granted.get(name, 0.0), c.asked.get(name, 0.0)) for c in here)
+            # Only memory beyond all grants certainly belongs to other processes.
+            outside = max(0.0, self.in_use.get(gpu.uuid, 0.0) - held)
+            usable[gpu] = gpu.memory - outside
+            room[gpu] = usable[gpu] - held
+
+        def preference(gpu: Gpu) -> tuple[bool, float]:
+            # A GPU full of other processes' memory comes last: no trial of the study will free it.
+            return each is None or usable[gpu] >= each, room[gpu]
+
+        requests = {}
+        for gpu in sorted(self.gpus, key=preference, reverse=True)[: self.count]:
+            least = _MIN_GPU_SHARE * gpu.memory if each is None else each
+            most = max(least, room[gpu] / 2) if each is None else each
+            requests[gpu.resource] = ResourceRequest(least, most)
+        return requests
+
+    def revise(
+        self, requests: Mapping[str, ResourceRequest], number: int, claims: Iterable[Claim]
+    ) -> dict[str, ResourceRequest] | None:
+        """Return a new request if others ask for the same GPUs, None if there is no conflict.
+
+        Of trials that ask at once, the lowest number chooses first. It asks again until the others
+        have seen its claim, which they may have read the rows too early for.
+        """
+        others = [claim for claim in claims if claim.number != number]
+        before = [each if each.number < number else replace(each, asked={}) for each in others]
+        mine = self.request(before)
+        if mine.keys() | self.request(others).keys() <= requests.keys():
+            return None
+        return {n: r for n, r in requests.items() if not n.startswith(DEVICE)} | mine
+
+
+def find_gpus(granted: Mapping[str, float]) -> str | None:
+    """Return the UUIDs of the GPUs in a grant as ``CUDA_VISIBLE_DEVICES`` takes them."""
+    names = [name.removeprefix(DEVICE) for name in granted if name.startswith(DEVICE)]
+    return ",".join(names) or None
+
+
+def check_gpus_per_trial(gpus: Sequence[Gpu], count: int) -> None:
+    """Raise ValueError if there are fewer than ``gpus_per_trial`` GPUs."""
+    if not gpus or count == 1:
+        return
+    whole = [gpu for gpu in gpus if not gpu.uuid.startswith("MIG-")]
+    if len(whole) < count:
+        instances = "" if len(whole) == len(gpus) else "; a process can use one MIG instance only"
+        raise ValueError(
+            f"`gpus_per_trial` must be at most the {counted(len(whole), 'GPU')} that this worker "
+            f"may use but got {count}{instances}."
+        )
 
 
 def revise_grant(

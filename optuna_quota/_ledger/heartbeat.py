@@ -21,11 +21,11 @@ from optuna.trial import FrozenTrial
 from optuna_quota import _optuna
 from optuna_quota._ledger import protocol
 from optuna_quota._ledger.grant import RequestedBy
-from optuna_quota._ledger.protocol import DEVICE, HEARTBEAT, Reservation, Worker
+from optuna_quota._ledger.protocol import HEARTBEAT, Reservation, Worker
 from optuna_quota._ledger.totals import Entry, LONGEST_GAP
 from optuna_quota._limits import Limits
 from optuna_quota._metering import TrialMonitor
-from optuna_quota._metering.host import cpu_count
+from optuna_quota._metering.host import cpu_count, DEVICE
 from optuna_quota._records import parse_record, RESERVATION, TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, USAGE_RESOURCES
 from optuna_quota._units import format_seconds

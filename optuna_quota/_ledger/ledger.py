@@ -20,8 +20,7 @@ from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._ledger import grant, protocol
-from optuna_quota._ledger.gpus import find_gpus, Gpu, GpuChoice, memory_in_use
-from optuna_quota._ledger.grant import Needs, Refusal
+from optuna_quota._ledger.grant import find_gpus, GpuChoice, Needs, Refusal
 from optuna_quota._ledger.heartbeat import (
     Heartbeat,
     LEASE,
@@ -34,6 +33,7 @@ from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import TrialMonitor
+from optuna_quota._metering.host import Gpu, memory_in_use
 from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._usage import Usage
 

@@ -33,6 +33,7 @@ import zlib
 import psutil
 
 from optuna_quota._metering.breach import quota_bound
+from optuna_quota._metering.host import DEVICE
 from optuna_quota._records import number, plain_number
 from optuna_quota._resources import HELD_RESOURCES
 
@@ -212,9 +213,6 @@ def _parse_worker(value: Any) -> Worker | None:
     pid, started = number(value.get("pid")), number(value.get("started"))
     return Worker(host, machine, space, int(pid or 0), started or 0.0)
 
-
-# The memory of one GPU is a resource named by this prefix and the GPU's UUID.
-DEVICE = "gpu:"
 
 Action = Literal["grant", "wait", "withdraw"]
 

@@ -16,7 +16,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna, _records
 from optuna_quota._ledger import heartbeat, protocol
-from optuna_quota._ledger.gpus import Gpu
 from optuna_quota._ledger.heartbeat import Leases, OrphanedTrial
 from optuna_quota._ledger.protocol import (
     Claim,
@@ -28,6 +27,7 @@ from optuna_quota._ledger.protocol import (
 )
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry
 from optuna_quota._limits import Limits, Quota
+from optuna_quota._metering.host import Gpu
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._storage_retry import retry, survive_outages

@@ -21,6 +21,7 @@ import uuid
 import psutil
 
 from optuna_quota._metering import nvml
+from optuna_quota._metering.meter import log_once
 from optuna_quota._metering.nvml import answer_in_time, GpuError, NvmlDevice
 
 
@@ -203,6 +204,10 @@ def _is_number(entry: str) -> bool:
 
 Answer = TypeVar("Answer")
 
+# The memory of one GPU is a resource named by this prefix and the GPU's UUID.
+DEVICE = "gpu:"
+# Seconds that a study waits for a driver to start: the answer is used for all its trials.
+_STUDY_START_TIME = 60.0
 # Of the driver under Linux, and under Windows' subsystem for it.
 _DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")
 _GPU_FILES = ("/dev/nvidia", "/dev/dxg")
@@ -214,6 +219,10 @@ class VisibleGpus:
 
     devices: tuple[NvmlDevice, ...]
     unresolved: tuple[str, ...] = ()
+
+    def totals(self) -> list[float]:
+        """Return the bytes of memory of each; raises GpuError if they are unknown."""
+        return answer_in_time(lambda: [float(gpu.memory()[1]) for gpu in self.devices])
 
 
 def visible_gpus(environment: Mapping[str, str], *, within: float | None = None) -> VisibleGpus:
@@ -245,8 +254,7 @@ def _total_memories(environment: Mapping[str, str]) -> tuple[list[float], bool]:
     """Return the bytes of each GPU, and whether exactly these are visible; none if unknown."""
     try:
         shown = visible_gpus(environment)
-        totals = answer_in_time(lambda: [float(gpu.memory()[1]) for gpu in shown.devices])
-        return totals, not shown.unresolved
+        return shown.totals(), not shown.unresolved
     except GpuError:
         return [], False
 
@@ -265,6 +273,50 @@ def memory_by_device(environment: Mapping[str, str]) -> dict[str, tuple[int, int
 def free_memory(environment: Mapping[str, str]) -> list[float]:
     """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
     return [float(total - used) for used, total in memory_by_device(environment).values()]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: its identifier as CUDA_VISIBLE_DEVICES takes it, and its memory in bytes."""
+
+    uuid: str
+    memory: float
+
+    @property
+    def resource(self) -> str:
+        """The name of this GPU's memory as a resource."""
+        return DEVICE + self.uuid
+
+
+def memory_in_use(gpus: Sequence[Gpu]) -> dict[str, float]:
+    """Return the bytes that all processes hold of these GPUs now, by UUID, where known."""
+    known = memory_by_device(os.environ) if gpus else {}
+    return {gpu.uuid: float(known[gpu.uuid][0]) for gpu in gpus if gpu.uuid in known}
+
+
+def gpus_here() -> Sequence[Gpu]:
+    """Return the GPUs that CUDA shows to this process, by the names that CUDA accepts.
+
+    Without NVML, returns none and warns: each trial then sees all GPUs.
+    """
+    try:
+        shown = visible_gpus(os.environ, within=_STUDY_START_TIME)
+        totals = shown.totals()
+        uuids = answer_in_time(lambda: [gpu.uuid() for gpu in shown.devices])
+    except GpuError as error:
+        message = f"Trials are not assigned GPUs of their own, and see all: {error.reason}."
+        log_once("gpu: one a trial", message)
+        return ()
+    if not shown.unresolved:
+        return [Gpu(uuid, total) for uuid, total in zip(uuids, totals, strict=True)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    log_once(
+        "gpu: unresolved",
+        f"CUDA_VISIBLE_DEVICES={visible} is ambiguous: the GPUs differ, and CUDA numbers the "
+        "fastest first. Trials get these numbers unchanged, and the memory of the smallest GPU "
+        "is assumed. Set CUDA_DEVICE_ORDER=PCI_BUS_ID, or use UUIDs.",
+    )
+    return [Gpu(entry, min(totals)) for entry in shown.unresolved]
 
 
 def has_gpu_open(pids: Iterable[int]) -> bool | None:

@@ -32,12 +32,12 @@ from optuna_quota._enforcement.trial_result import (
     record_rejection,
     record_result,
 )
-from optuna_quota._ledger.gpus import check_gpus_per_trial, gpus_here
-from optuna_quota._ledger.grant import left_for_trial, Refusal, refuse_late
+from optuna_quota._ledger.grant import check_gpus_per_trial, left_for_trial, Refusal, refuse_late
 from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.status import store_study_settings
 from optuna_quota._limits import Limits
 from optuna_quota._metering import Meter, Verdict
+from optuna_quota._metering.host import gpus_here
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.options import SamplerOptions

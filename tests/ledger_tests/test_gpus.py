@@ -11,11 +11,11 @@ import optuna
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, Usage
-from optuna_quota._ledger.gpus import check_gpus_per_trial, Gpu, GpuChoice
-from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.grant import check_gpus_per_trial, GpuChoice, Refusal
 from optuna_quota._ledger.heartbeat import RunningTrial
 from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.protocol import Claim, ResourceRequest
+from optuna_quota._metering.host import Gpu
 from tests.ledger_tests.test_ledger import begin, finish, reserve
 
 

@@ -349,8 +349,8 @@ def test_a_driver_that_hangs_at_first_holds_up_no_trial(
 ) -> None:
     code = HANGING.format(before=f"hang {function}\n", during="", after="", gpus=gpus)
     if gpus:
-        code = code.replace("tune(", "ledger_gpus._STUDY_START_TIME = 0.5\ntune(")
-        code = f"from optuna_quota._ledger import gpus as ledger_gpus\n{code}"
+        code = code.replace("tune(", "host._STUDY_START_TIME = 0.5\ntune(")
+        code = f"from optuna_quota._metering import host\n{code}"
     first, second = rows(code)
     assert [first["outcome"], second["outcome"]] == ["completed", "completed"]
     assert "gpu_memory" not in first

@@ -213,8 +213,7 @@ instance 0 1
 """
 MIXED_STATE = f"device 0 GPU-a 0 {24 * GB} 0 0\ndevice 1 GPU-b 0 {80 * GB} 0 0\n"
 ASK = """
-from optuna_quota._ledger.gpus import gpus_here
-from optuna_quota._metering.host import device_memory
+from optuna_quota._metering.host import device_memory, gpus_here
 print(*(f"{gpu.uuid}={gpu.memory:.0f}" for gpu in gpus_here()), sep=",")
 print(device_memory(os.environ))
 """
