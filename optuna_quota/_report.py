@@ -88,8 +88,7 @@ class UtilizationReport(StudyAnalysis):
     def __repr__(self) -> str:
         return f"<UtilizationReport of {self.study.study_name!r}, {len(self.table)} trials>"
 
-    def __str__(self) -> str:
-        return self.summary()
+    __str__ = summary
 
 
 def analyze(study: Study, *, user_attrs: Sequence[str] = ()) -> UtilizationReport:

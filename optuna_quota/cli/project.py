@@ -2,15 +2,15 @@ r"""Project whether a study fits its quota, before it runs (exit status 3: it do
 
 # a known footprint
 optuna-quota project --n-trials 200 --n-jobs 2 --footprint memory=2GiB,wall_time=90s \
-      --quota wall_time=2h --quota memory=8GiB
+    --quota wall_time=2h --quota memory=8GiB
 
 # learned from an earlier study
 optuna-quota project --n-trials 500 --storage sqlite:///tuning.db --study-name first \
-      --quota cost=40 --price cpu_time=0.05
+    --quota cost=40 --price cpu_time=0.05
 
 # in a CI job: exit status 3 unless it fits
 optuna-quota project --n-trials 50 --storage tuning.log --quota wall_time=30min \
-      --format json > projection.json
+    --format json > projection.json
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 r"""Show what a quota and limits would have done to a study that has run (exit status 3: the quota
 would have ended it early).
 
-  optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --limit wall_time=5min
-  optuna-quota replay --storage tuning.log --study-name first --quota cost=10 --price cpu_time=0.05
+optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --limit wall_time=5min
+optuna-quota replay --storage tuning.log --study-name first --quota cost=10 --price cpu_time=0.05
 
-  # would the best trial have completed?
-  optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --format json \
-      | jq .best_lives
+# would the best trial have completed?
+optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --format json \
+    | jq .best_lives
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Show what a study has used, reserved and left, by resource, worker and outcome (exit status 3: a
 quota is exceeded).
 
-  optuna-quota status --storage sqlite:///tuning.db
-  optuna-quota status --storage postgresql+psycopg2://me@db/tuning --study-name first
+optuna-quota status --storage sqlite:///tuning.db
+optuna-quota status --storage postgresql+psycopg2://me@db/tuning --study-name first
 
-  # when would 100 more trials end, and is there quota left for them?
-  optuna-quota status --storage sqlite:///tuning.db --n-trials 100 --n-jobs 4
+# when would 100 more trials end, and is there quota left for them?
+optuna-quota status --storage sqlite:///tuning.db --n-trials 100 --n-jobs 4
 
-  # in a CI job: exit status 3 when more was used than this
-  optuna-quota status --storage tuning.log --quota cpu_time=6h --format json
+# in a CI job: exit status 3 when more was used than this
+optuna-quota status --storage tuning.log --quota cpu_time=6h --format json
 """
 
 from __future__ import annotations

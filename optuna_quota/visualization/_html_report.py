@@ -92,7 +92,7 @@ def _sections(text: ReportText, parts: Sequence[Safe]) -> list[Safe]:
 def _ledger(text: ReportText) -> list[Safe]:
     parts = [element("h2", "Ledger")]
     if text.ledger:
-        rows = [[*line.cells, _share(line.share)] for line in text.ledger]
+        rows = [[*line.cells, _bar(line.share)] for line in text.ledger]
         right = range(1, len(text.ledger_head) - 1)
         parts.append(table(["", *text.ledger_head[1:]], rows, right=right, name="wide resources"))
     else:
@@ -100,14 +100,12 @@ def _ledger(text: ReportText) -> list[Safe]:
     return parts + [element("p", prose(note)) for note in text.notes]
 
 
-def _share(share: float | None) -> Safe:
-    return Safe("") if share is None else _bar(share, f"{100 * share:.0f}%")
-
-
-def _bar(share: float, text: str) -> Safe:
+def _bar(share: float | None, text: str = "") -> Safe:
+    if share is None:
+        return Safe("")
     width = f"width:{min(100.0, 100 * share):.1f}%"
     bar = element("span", element("i", style=width, class_="over" if share > 1 else "in"))
-    return element("span", bar, f" {text}", class_="share")
+    return element("span", bar, f" {text or f'{share:.0%}'}", class_="share")
 
 
 def _advice(text: ReportText) -> list[Safe]:
