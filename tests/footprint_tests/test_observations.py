@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +11,13 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import create_trial, FrozenTrial, TrialState
 import pytest
 
-from optuna_quota._footprint.observations import Observation, read_observation, select_observations
+from optuna_quota._footprint.observations import (
+    MAX_OBSERVATIONS,
+    Observation,
+    read_observation,
+    select_observations,
+)
+from optuna_quota._usage import Usage
 from tests.footprint_tests.test_footprint import draw_rows
 
 
@@ -130,3 +137,12 @@ def test_the_newest_and_the_extremes_of_many_are_selected(cap: int) -> None:
     least = min(range(len(older)), key=lambda i: older[i].usage.memory or 0)
     assert {largest, least} <= set(kept)
     assert select_observations(rows[:7], cap) == rows[:7]
+
+
+@pytest.mark.parametrize("count", [101, 120, 500])
+def test_as_many_are_selected_as_may_be_though_resources_rank_them_alike(count: int) -> None:
+    rows = [
+        replace(row, usage=Usage(memory=i, cpu_time=2 * i, wall_time=3 * i))
+        for i, row in enumerate(draw_rows(count), start=1)
+    ]
+    assert len(select_observations(rows)) == MAX_OBSERVATIONS
