@@ -79,6 +79,24 @@ def test_in_optimize_loop() -> None:
         study.stop()
 
 
+def test_is_asked_by_user() -> None:
+    seen = []
+
+    class Sampler(optuna.samplers.RandomSampler):
+        def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            seen.append(_optuna.is_asked_by_user())
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.study.tell(trial.study.ask(), 1.0)
+        return 0.0
+
+    study = optuna.create_study(sampler=Sampler())
+    study.optimize(objective, n_trials=1)
+    study.ask()
+    assert seen == [False, True, True]
+    assert not _optuna.is_asked_by_user()
+
+
 def test_is_run_by_optimize() -> None:
     study = optuna.create_study()
     seen: list[tuple[bool, bool, bool]] = []

@@ -127,7 +127,11 @@ class RunningTrials(dict[int, RunningTrial]):
         """
         if getattr(_this_thread, "must_not_wait", False):
             return True
-        if in_optimize or not self.asked_here():
+        if in_optimize:
+            return False
+        if self.left_behind():  # the objective of one of them has called `ask`
+            return True
+        if not self.asked_here():
             return False
         if self._told_elsewhere is not None:
             return not self._told_elsewhere
@@ -136,7 +140,7 @@ class RunningTrials(dict[int, RunningTrial]):
         return all(thread.name.startswith("optuna-quota-") for thread in others)
 
     def left_behind(self) -> list[RunningTrial]:
-        """Return earlier trials of this thread's ``optimize`` that never reached ``tell``."""
+        """Return earlier trials of this thread's ``optimize`` that have not reached ``tell``."""
         with self.lock:
             return [running for running in self._of_this_thread() if running.in_optimize]
 

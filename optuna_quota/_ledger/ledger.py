@@ -129,7 +129,7 @@ class Ledger:
         self._fail_left_behind()
         trial_id, number = _optuna.trial_id_of(trial), trial.number
         held, seen, short = Reservation(), self._state.last, None
-        in_loop, asked_at = self._in_optimize_loop(), self._clock.monotonic()
+        by_optimize, asked_at = self._asked_by_optimize(), self._clock.monotonic()
         for pause in pauses():
             if short is not None and is_over():
                 return self._withdraw(trial_id, grant.refuse_study_ended(short))
@@ -145,7 +145,7 @@ class Ledger:
                 bounds=bounds,
                 needs=needs(free, beside),
                 n_jobs=n_jobs,
-                requested_by=self._running.requested_by(in_loop),
+                requested_by=self._running.requested_by(by_optimize),
             )
             choice = GpuChoice(
                 self._gpus,
@@ -167,7 +167,7 @@ class Ledger:
             short = decision.shortage
             if refusal is None and short is not None:
                 refusal = grant.refuse_never_fitting(short)
-                if refusal is None and self._running.must_not_wait(in_loop):
+                if refusal is None and self._running.must_not_wait(by_optimize):
                     refusal = grant.refuse_to_wait(short, seen.claims, number)
             if refusal is not None:
                 return self._withdraw(trial_id, refusal)
@@ -327,8 +327,9 @@ class Ledger:
             self._logged.add(name)
             _logger.log(level, text)
 
-    def _in_optimize_loop(self) -> bool:
-        return any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
+    def _asked_by_optimize(self) -> bool:
+        in_loop = any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
+        return in_loop and not _optuna.is_asked_by_user()
 
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]
@@ -346,7 +347,7 @@ class Ledger:
         held = Reservation(began=self._state.now(start), gpu=find_gpus(decision.granted))
         held = protocol.with_decision(held, decision)
         self._state.write(trial_id, held)
-        in_optimize = self._in_optimize_loop()
+        in_optimize = self._asked_by_optimize()
         running = RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
@@ -424,7 +425,7 @@ class Ledger:
 
     def _fail_left_behind(self) -> None:
         """Fail trials that this thread's ``optimize`` left unfinished after a storage error."""
-        if not self._in_optimize_loop():
+        if not self._asked_by_optimize():
             return
         for running in self._running.left_behind():
             usage = Usage() if running.monitor is None else running.monitor.close()

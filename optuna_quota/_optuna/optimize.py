@@ -126,6 +126,15 @@ def in_ask() -> bool:
     return _find_frame("ask", _study.__name__) is not None
 
 
+def is_asked_by_user() -> bool:
+    """Return whether an ``ask`` of this thread is not that of ``optimize``.
+
+    An objective and a callback may call ``ask`` within ``optimize``.
+    """
+    frame = _find_frame("ask", _study.__name__)
+    return frame is not None and frame.f_back is not None and _module_of(frame.f_back) != _OPTIMIZE
+
+
 def take_another_row(study: Study) -> FrozenTrial:
     """Give the ``Trial`` that ``Study.ask`` is creating the next waiting row, or a new one.
 

@@ -321,7 +321,8 @@ class StudySession:
         figures: dict[str, Any] = {"resource": refusal.resource, "quota": refusal.quota}
         figures |= {"observed": refusal.used, "temporary": refusal.temporary}
         is_quiet = refusal.by_deadline or self._options.on_exhausted == "stop"
-        may_stop = is_quiet and _optuna.in_optimize_loop(study)
+        by_optimize = _optuna.in_optimize_loop(study) and not _optuna.is_asked_by_user()
+        may_stop = is_quiet and by_optimize
         if not (refusal.late or (may_stop and objective_uses_trial(study))):
             raise QuotaExhausted(refusal.reason, **figures)
         self._refused.add(_optuna.trial_id_of(trial))

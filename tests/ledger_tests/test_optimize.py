@@ -9,7 +9,16 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check, Limits, Quota, QuotaPruner, QuotaSampler, status
+from optuna_quota import (
+    check,
+    isolated,
+    Limits,
+    Quota,
+    QuotaExhausted,
+    QuotaPruner,
+    QuotaSampler,
+    status,
+)
 from tests.ledger_tests.workers import wait_for, working
 from tests.storages import Address, storage_at, study_in
 
@@ -93,3 +102,44 @@ def test_a_count_over_processes_and_threads_is_exact(
             "left": 0,
             "quota": 11,
         }
+
+
+def study_within(quota: Quota) -> optuna.Study:
+    return optuna.create_study(
+        sampler=QuotaSampler(optuna.samplers.RandomSampler(), quota=quota),
+        pruner=QuotaPruner(limits=Limits(memory="1GiB")),
+    )
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_an_objective_may_ask_for_another_trial(isolate: bool) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        other = trial.study.ask()
+        value = other.suggest_float("x", 0, 1)
+        trial.study.tell(other, value)
+        return value
+
+    study = study_within(Quota(memory="4GiB", wall_time="1h"))
+    study.optimize(isolated(objective) if isolate else objective, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 4
+
+
+def test_an_objective_that_asks_for_what_it_holds_itself_is_refused() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        with pytest.raises(QuotaExhausted):
+            trial.study.ask()
+        return 1.0
+
+    study = study_within(Quota(memory="1GiB"))
+    study.optimize(objective, n_trials=1)
+    assert study.trials[0].value == 1.0
+
+
+def test_a_callback_may_ask_for_several_trials() -> None:
+    def ask_for_two(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        for asked in [study.ask(), study.ask()]:
+            study.tell(asked, asked.suggest_float("x", 0, 1))
+
+    study = study_within(Quota(memory="4GiB", wall_time="1h"))
+    study.optimize(lambda trial: 1.0, n_trials=2, callbacks=[ask_for_two])
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 6
