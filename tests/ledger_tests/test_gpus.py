@@ -11,10 +11,9 @@ import optuna
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, Usage
-from optuna_quota._ledger.grant import check_gpus_per_trial, GpuChoice, Refusal
+from optuna_quota._ledger.grant import Refusal
 from optuna_quota._ledger.heartbeat import RunningTrial
 from optuna_quota._ledger.ledger import Ledger
-from optuna_quota._ledger.protocol import Claim, ResourceRequest
 from optuna_quota._metering.host import Gpu
 from tests.ledger_tests.test_ledger import begin, finish, reserve
 
@@ -22,59 +21,7 @@ from tests.ledger_tests.test_ledger import begin, finish, reserve
 GPUS = (Gpu("GPU-a", 24.0), Gpu("GPU-b", 16.0))
 
 
-@pytest.mark.parametrize(
-    ("claims", "need", "expected"),
-    [
-        ([], 8.0, {"gpu:GPU-a": ResourceRequest(8, 8)}),
-        ([Claim(0, "here", {"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-b": ResourceRequest(8, 8)}),
-        ([Claim(0, "here", asked={"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-b": ResourceRequest(8, 8)}),
-        ([Claim(0, "there", {"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-a": ResourceRequest(8, 8)}),
-        ([], None, {"gpu:GPU-a": ResourceRequest(3, 12)}),
-    ],
-)
-def test_the_gpu_with_the_most_room(
-    claims: list[Claim], need: float | None, expected: dict[str, ResourceRequest]
-) -> None:
-    assert GpuChoice(GPUS, "here", need).request(claims) == expected
-    assert GpuChoice((), "here", need).request(claims) == {}
-
-
 FOUR = tuple(Gpu(f"GPU-{name}", 24.0) for name in "abcd")
-
-
-@pytest.mark.parametrize(
-    ("held", "in_use", "count", "expected"),
-    [
-        ({}, {}, 2, {"gpu:GPU-a": 10, "gpu:GPU-b": 10}),
-        ({"gpu:GPU-a": 12, "gpu:GPU-b": 20}, {}, 2, {"gpu:GPU-c": 10, "gpu:GPU-d": 10}),
-        # Of what is in use, the part that trials were granted is theirs.
-        ({"gpu:GPU-a": 12}, {"GPU-a": 9.0}, 4, dict.fromkeys(map("gpu:GPU-{}".format, "abcd"), 5)),
-        ({}, {"GPU-a": 20.0, "GPU-b": 3.0}, 2, {"gpu:GPU-c": 10, "gpu:GPU-d": 10}),
-        # Room that trials will free is better than what others hold.
-        (
-            {"gpu:GPU-b": 23, "gpu:GPU-c": 23, "gpu:GPU-d": 23},
-            {"GPU-a": 20.0},
-            1,
-            {"gpu:GPU-b": 20},
-        ),
-    ],
-)
-def test_several_gpus_a_trial_and_the_memory_of_others(
-    held: dict[str, float], in_use: dict[str, float], count: int, expected: dict[str, float]
-) -> None:
-    claims = [Claim(0, "here", held)]
-    found = GpuChoice(FOUR, "here", 20.0, count, in_use).request(claims)
-    assert found == {name: ResourceRequest(each, each) for name, each in expected.items()}
-
-
-def test_more_gpus_than_there_are_is_an_error() -> None:
-    check_gpus_per_trial(FOUR, 4)
-    check_gpus_per_trial((), 4)  # without a driver each trial sees what there is
-    with pytest.raises(ValueError, match="must be at most the 4 GPUs .* but got 5"):
-        check_gpus_per_trial(FOUR, 5)
-    instances = [Gpu("MIG-a", 5.0), Gpu("MIG-b", 5.0), FOUR[0]]
-    with pytest.raises(ValueError, match="1 GPU .* but got 2; a process can use one MIG"):
-        check_gpus_per_trial(instances, 2)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "all"])
@@ -118,29 +65,6 @@ def test_trials_that_start_at_once_spread_over_the_gpus(workers: int, attempt: i
         answers = list(pool.map(start, range(4)))
     given = [str(a.reservation.gpu) for a in answers if isinstance(a, RunningTrial)]
     assert sorted(given) == [gpu.uuid for gpu in FOUR]
-
-
-ASKED = {"gpu:GPU-a": ResourceRequest(6, 6), "memory": ResourceRequest(1, 1)}
-
-
-@pytest.mark.parametrize(
-    ("claims", "expected"),
-    [
-        ([], None),
-        # A lower number has its choice, and so has what was granted.
-        ([Claim(1, "here", asked={"gpu:GPU-a": 6})], "gpu:GPU-b"),
-        ([Claim(9, "here", {"gpu:GPU-a": 6})], "gpu:GPU-b"),
-        # A higher one has not yet seen this claim.
-        ([Claim(9, "here", asked={"gpu:GPU-a": 6})], "gpu:GPU-a"),
-        ([Claim(9, "here", asked={"gpu:GPU-b": 6})], None),
-        ([Claim(1, "there", asked={"gpu:GPU-a": 6})], None),
-    ],
-)
-def test_who_moves_to_another_gpu(claims: list[Claim], expected: str | None) -> None:
-    choice = GpuChoice(FOUR, "here", 6.0, 1, {})
-    mine = Claim(5, "here", asked={"gpu:GPU-a": 6})
-    found = choice.revise(ASKED, 5, [*claims, mine])
-    assert found is expected is None or set(found or ()) == {expected, "memory"}
 
 
 def test_trials_spread_over_the_gpus_and_wait_for_none() -> None:
