@@ -345,15 +345,21 @@ BY_TEXT = {"eval", "exec", "globals", "vars"}
 
 
 @functools.lru_cache(maxsize=1024)
-def names_in_code(code: types.CodeType) -> frozenset[str]:
-    """Return the names of the globals that code, and the code within it, may use."""
-    names = {each.argval for each in dis.get_instructions(code) if each.opname in _OF_GLOBALS}
+def names_in_code(code: types.CodeType, modules: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Return the names of the globals that code, and the code within it, may use.
+
+    ``modules`` are globals that lead to the main module, whose attributes are globals as well.
+    """
+    used = [each for each in dis.get_instructions(code) if each.opname in _OF_GLOBALS]
+    names = {each.argval for each in used}
     if BY_TEXT & names:
         names.update(*(re.findall(r"[^\W\d]\w*", text) for text in _texts(code.co_consts)))
-    if "__main__" in (*code.co_names, *code.co_consts):
+    # Not what the body of a class loads: that reads `__name__` in any case.
+    leads = modules & {each.argval for each in used if each.opname == "LOAD_GLOBAL"}
+    if leads or "__main__" in (*code.co_names, *code.co_consts):
         names.update(code.co_names)  # they may be attributes of that module
     within = (each for each in code.co_consts if isinstance(each, types.CodeType))
-    return frozenset(names).union(*map(names_in_code, within))
+    return frozenset(names).union(*(names_in_code(each, modules) for each in within))
 
 
 def _texts(constants: Iterable[Any]) -> Iterator[str]:
@@ -366,6 +372,9 @@ def _texts(constants: Iterable[Any]) -> Iterator[str]:
 
 def global_names(value: Any) -> set[str]:
     """Return the names of the globals that a function, class or callable of a script may use."""
+    main = sys.modules["__main__"]
+    itself = (name for name, held in vars(main).copy().items() if held is main)
+    modules = frozenset(["__name__", *itself])
     names: set[str] = set()
     seen: set[int] = set()
     todo = [value]
@@ -375,7 +384,7 @@ def global_names(value: Any) -> set[str]:
             continue
         seen.add(id(part))
         if isinstance(part, types.CodeType):
-            names |= names_in_code(part)
+            names |= names_in_code(part, modules)
         elif isinstance(part, type):
             if part.__module__ in MAIN_NAMES:
                 todo += [*vars(part).values(), *part.__bases__]

@@ -139,6 +139,33 @@ def test_globals_that_are_used_by_a_class_or_by_text(tmp_path: Path, way: str) -
     assert run_python(tmp_path, *arguments) == "[11.0, 8.0]\n"
 
 
+OF_MODULE = """
+import sys
+import __main__ as imported
+
+this = sys.modules[__name__]
+
+def objective(trial):
+    return sys.modules[__name__].by_name + this.by_alias + imported.by_import
+
+class Namesake:
+    def __call__(self, trial):
+        class Config:
+            lock = 1.0
+        return Config.lock
+
+if __name__ == "__main__":
+    by_name, by_alias, by_import = 1.0, 10.0, 100.0
+    lock = open(__file__)
+    say(found=values(objective), others=values(Namesake()))
+"""
+
+
+def test_globals_that_are_read_as_attributes_of_the_script(tmp_path: Path) -> None:
+    said = run_script(tmp_path, OF_MODULE)
+    assert said == {"found": always(111.0, 111.0), "others": always(1.0, 1.0)}
+
+
 NAMESAKES = """
 import threading
 
