@@ -235,10 +235,12 @@ class LinuxProcess:
                 os.close(handle)
 
     def close(self) -> None:
-        for name in ("_folder", "_stat", "_statm", "_status"):
-            if getattr(self, name) >= 0:
-                os.close(getattr(self, name))
-                setattr(self, name, -1)
+        # Forgotten first: after an interrupt in between, a second call would close other files.
+        handles = (self._folder, self._stat, self._statm, self._status)
+        self._folder = self._stat = self._statm = self._status = -1
+        for handle in handles:
+            if handle >= 0:
+                os.close(handle)
 
     def _open(self, name: str) -> int:
         return os.open(name, os.O_RDONLY, dir_fd=self._folder)

@@ -67,6 +67,22 @@ def test_huge_pages_of_this_host_are_counted() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_after_an_interrupt_no_other_file_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, close = LinuxProcess(os.getpid()), os.close
+
+    def interrupted(handle: int) -> None:
+        close(handle)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            process.close()
+    other = os.open(os.devnull, os.O_RDONLY)  # gets the number that was closed
+    process.close()
+    os.close(other)
+
+
 def test_a_process_that_ends_while_it_is_read_holds_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
