@@ -23,6 +23,7 @@ from optuna_quota._version import __version__
 from optuna_quota.cli import doctor, project, replay, report, status
 from optuna_quota.cli.common import (
     add_command,
+    doc_of,
     FAILED,
     harmless,
     INTERRUPTED,
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    summary, _, epilog = (__doc__ or "").partition("\n\n")
+    summary, _, epilog = doc_of(sys.modules[__name__]).partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="optuna-quota",
         description=summary,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 import difflib
+import inspect
 import json
 import math
 import os
@@ -56,7 +58,7 @@ def add_command(
     Its docstring has one sentence and examples to copy, ``KEYS`` the keys of its JSON with their
     meaning; ``add_arguments`` adds arguments, and ``run`` returns the exit status.
     """
-    summary, _, examples = (command.__doc__ or "").partition("\n\n")
+    summary, _, examples = doc_of(command).partition("\n\n")
     summary = " ".join(summary.split())
     lines = ["JSON keys (amounts in bytes, seconds and joules; unknown values are null):"]
     for key, meaning in command.KEYS.items():
@@ -79,6 +81,12 @@ def add_command(
     )
     command.add_arguments(parser)
     parser.set_defaults(run=command.run)
+
+
+def doc_of(module: ModuleType) -> str:
+    """Return the docstring of a module, which ``python -OO`` leaves out, from its source."""
+    source = "" if module.__doc__ else inspect.getsource(module)
+    return module.__doc__ or ast.get_docstring(ast.parse(source), clean=False) or ""
 
 
 def name_of(command: ModuleType) -> str:

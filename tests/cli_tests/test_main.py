@@ -34,6 +34,23 @@ def test_help_names_every_command_and_status() -> None:
         assert f"\n  {status}  " in text
 
 
+def test_help_without_docstrings() -> None:
+    commands = [[], ["doctor"], ["project"]]
+    script = "import sys; from optuna_quota.cli import main; main([*sys.argv[1:], '--help'])"
+    for command in commands:
+        texts = [
+            subprocess.run(
+                [sys.executable, *options, "-c", script, *command],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for options in ([], ["-OO"])
+        ]
+        assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("name", command_names())
 def test_a_command_explains_its_options_with_examples(
     name: str, capsys: pytest.CaptureFixture[str]
