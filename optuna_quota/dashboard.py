@@ -94,7 +94,9 @@ def publish(
 
     Adds a block with the ledger, what drives usage, advice and the trials that were terminated,
     rejected or failed to the study's note; a note with the reason, a table and, with an artifact
-    store, a plot of usage over time to these trials (the latest 100); and four small plots.
+    store, a plot of usage over time to these trials (the latest 100); and four small plots to the
+    study's page. Publishing again replaces all this. Text that a person wrote in a note, above or
+    below the block, is kept.
 
     Example:
 
