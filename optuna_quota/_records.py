@@ -54,7 +54,7 @@ from optuna_quota import _optuna
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._resources import get_resource, Isolation, Outcome, OUTCOMES
 from optuna_quota._storage_retry import is_transient, retry
-from optuna_quota._units import as_float, is_number
+from optuna_quota._units import as_float
 from optuna_quota._usage import Breach, Usage, usage_from_amounts
 
 
@@ -343,7 +343,10 @@ def plain_number(value: float) -> int | float:
 
 def number(value: Any) -> float | None:
     """Return a nonnegative finite number, None for anything else."""
-    plain = as_float(value) if is_number(value) else -1.0
+    # By type, which is fast: a study has hundreds of points of a timeline for each trial.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    plain = as_float(value)
     return plain if 0 <= plain < math.inf else None
 
 
@@ -388,6 +391,10 @@ def _read_footprint(value: Any) -> dict[str, Interval]:
 
 
 def _read_timeline(value: Any) -> tuple[tuple[float, float], ...]:
-    pairs = value if isinstance(value, list) else []
-    found = (_numbers(pair) for pair in pairs if isinstance(pair, list) and len(pair) == 2)
-    return tuple((pair[0], pair[1]) for pair in found if pair)
+    points = []
+    for pair in value if isinstance(value, list) else ():
+        if isinstance(pair, list) and len(pair) == 2:
+            seconds, amount = number(pair[0]), number(pair[1])
+            if seconds is not None and amount is not None:
+                points.append((seconds, amount))
+    return tuple(points)
