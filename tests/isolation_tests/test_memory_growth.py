@@ -86,6 +86,7 @@ def _fill_600_mib(_: LoadsSlowly, trial: optuna.Trial) -> float:
     return float(held[0][0])
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["forkserver", "fork"])
 def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path: Path) -> None:
