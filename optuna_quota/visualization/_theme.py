@@ -371,6 +371,9 @@ def empty_figure(title: str, reason: str) -> Figure:
     return import_plotly().Figure({"layout": {**layout, "annotations": [{**text, **place}]}})
 
 
+_MODEBAR_WIDTH = 36
+
+
 def add_limit(
     figure: Figure,
     resource: str,
@@ -394,7 +397,8 @@ def add_limit(
     if not panel:
         text = f"limit {format_amount(resource, limit)}{' ↑' if above else ''}"
         if beside:
-            figure.update_layout(margin_r=16 + 6 * len(text))
+            # Left of the buttons, which the dashboard shows at all times.
+            figure.update_layout(margin_r=_MODEBAR_WIDTH + 8 + 6 * len(text))
         figure.add_annotation(
             text=escape(text),
             xref=axes["xref"],
