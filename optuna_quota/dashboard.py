@@ -40,7 +40,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna, _records
-from optuna_quota._analysis.study_analysis import follows_law, StudyAnalysis, trials_of
+from optuna_quota._analysis.study_analysis import follows_law, shown_for, StudyAnalysis, trials_of
 from optuna_quota._analysis.study_trials import FinishedTrial, main_resource
 from optuna_quota._resources import format_amount, USAGE_RESOURCES
 from optuna_quota.visualization._cost import plot_burn_down, plot_objectives, plot_waste
@@ -109,25 +109,25 @@ def publish(
 
     Args:
         study: The study.
-        report: Its :class:`~optuna_quota.UtilizationReport`; the study is analyzed unless given.
+        report: Its :class:`~optuna_quota.UtilizationReport`, or that of a copy of it; the study is
+            analyzed unless given. The ledger, quota and limits are those of ``study``.
         artifact_store: The store that the dashboard is started with (``--artifact-dir``).
 
     Raises:
         ImportError: If optuna-dashboard is not installed. Without plotly the notes are written,
             and a warning in the log says what to install for the plots.
     """
-    publish_report(study, report or StudyAnalysis(study), artifact_store)
+    publish_report(shown_for(study, report or StudyAnalysis(study)), artifact_store)
 
 
 def publish_report(
-    study: Study,
     report: StudyAnalysis,
     artifact_store: ArtifactStore | None,
     is_current: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Publish a study with its analysis, while ``is_current``: no other worker has begun to."""
+    """Publish the analysis of a study, while ``is_current``: no other worker has begun to."""
     _import_dashboard()
-    trials, study_id = trials_of(report), _optuna.study_id_of(study)
+    trials, study_id = trials_of(report), _optuna.study_id_of(report.study)
     # Slow steps first, as another worker may begin meanwhile.
     text = ReportText(report)
     note = study_note(
@@ -140,7 +140,7 @@ def publish_report(
         _logger.warning(f"Published without plots. {MISSING_PLOTLY}")
     if not is_current():
         return
-    dashboard = _Dashboard(study)
+    dashboard = _Dashboard(report.study)
     dashboard.renew_note(note)
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
@@ -293,7 +293,7 @@ class Publisher:
         if is_current is None:
             self._next = started + self._interval
             return
-        publish_report(study, StudyAnalysis(study), self._artifact_store, is_current)
+        publish_report(StudyAnalysis(study), self._artifact_store, is_current)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - started) / _SHARE)
 

@@ -9,6 +9,7 @@ signed-rank test).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 import re
@@ -60,6 +61,16 @@ class PredictionError:
 def trials_of(source: Study | StudyAnalysis) -> StudyTrials:
     """Return the finished trials as of now, or as of an analysis."""
     return source._trials if isinstance(source, StudyAnalysis) else StudyTrials(source)
+
+
+def shown_for(study: Study, analysis: StudyAnalysis) -> StudyAnalysis:
+    """Return an analysis, maybe of a copy of the study, with the study's own ledger and limits."""
+    if analysis.study is study:
+        return analysis
+    shown = copy(analysis)
+    shown.study = study
+    vars(shown).pop("_trials", None)
+    return shown
 
 
 def follows_law(analysis: StudyAnalysis, resource: str) -> bool:

@@ -21,7 +21,7 @@ from optuna_dashboard import get_note, save_note
 import pandas as pd
 import pytest
 
-from optuna_quota import analyze, dashboard, Limits, Usage
+from optuna_quota import analyze, dashboard, Limits, Quota, Usage
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._optuna import storage_of, study_id_of
 from optuna_quota._records import Interval, TrialRecord
@@ -58,6 +58,20 @@ def test_a_report_of_a_copy_is_published_in_the_study_that_is_given() -> None:
     publish(study, report=analyze(copy))
     assert END in get_note(study)
     assert END not in (get_note(copy) or "")
+
+
+def test_a_report_of_a_copy_is_published_with_the_ledger_and_limits_that_are_given() -> None:
+    limits, quotas = Limits(memory="1GiB"), [Quota(cpu_time="7h"), Quota(wall_time="5h")]
+    study = made_study(12, quota=quotas[0], limits=limits)
+    copy = made_study(12, quota=quotas[1], limits=Limits(memory="3GiB"))
+    report = analyze(copy)
+    assert "12 trials" in report.summary()
+    publish(study, report=report)
+    ledger = get_note(study).replace("\u00a0", " ")
+    assert "7 h" in ledger and "5 h" not in ledger
+    assert "Limits on a trial: memory 1 GiB." in ledger
+    budget = plots(study)["optuna_quota.budget"]["data"]
+    assert {trace["name"].split(",")[0] for trace in budget} == {"CPU time"}
 
 
 @pytest.mark.parametrize("how", ["publish", "Publisher"])
@@ -112,7 +126,7 @@ def publish_plain(study: optuna.Study, store: Any = None) -> None:
     nothing = pd.DataFrame({"param": [], "resource": []})
     found = {"correlations": nothing, "drivers": {}, "advice": [], "cheaper_space": None}
     vars(report).update(found, _fitted=({}, {}), prediction_errors={})
-    publish_report(study, report, store)
+    publish_report(report, store)
 
 
 def plots(study: optuna.Study) -> dict[str, Any]:
@@ -361,7 +375,7 @@ def test_the_analysis_is_done_before_asking_whether_another_worker_publishes() -
         known.append(set(vars(report)))
         return True
 
-    publish_report(study, report, None, is_current)
+    publish_report(report, None, is_current)
     assert known == [set(vars(report))]
 
 
