@@ -60,6 +60,8 @@ __all__ = ["Publisher", "publish"]
 _logger = logging.getLogger("optuna.quota.dashboard")
 
 IMAGE = "usage-over-time.svg"
+# Other characters of an identifier would be markup in the note.
+_ARTIFACT = re.compile(r"dashboard:artifacts:([0-9]+):([A-Za-z0-9-]+)")
 # Each response of the dashboard holds all plots, so they are kept to tens of kB; notes on trials
 # are study attributes, and hundreds of them slow it down.
 _MAX_POINTS = 250
@@ -130,13 +132,9 @@ def publish_report(
     trials, study_id = trials_of(report), _optuna.study_id_of(report.study)
     # Slow steps first, as another worker may begin meanwhile.
     text = ReportText(report)
-    note = study_note(
-        text,
-        lambda number: f"/dashboard/studies/{study_id}/trials?numbers={number}",
-    )
-    has_plots = find_spec("plotly") is not None
-    plots = _plots(report) if has_plots else {}
-    if not has_plots:
+    note = study_note(text, f"/dashboard/studies/{study_id}/trials?numbers=")
+    plots = _plots(report) if find_spec("plotly") else {}
+    if not plots:
         _logger.warning(f"Published without plots. {MISSING_PLOTLY}")
     if not is_current():
         return
@@ -176,6 +174,8 @@ class _Dashboard:
         self._study_id = _optuna.study_id_of(study)
         self._notes = _import_dashboard("optuna_dashboard._note")
         self._attributes: Mapping[str, Any] = self._storage.get_study_system_attrs(self._study_id)
+        found = ((_ARTIFACT.fullmatch(key), value) for key, value in self._attributes.items())
+        self._images = {int(m[1]): m[2] for m, value in found if m and _filename(value) == IMAGE}
 
     def renew_note(self, content: str, trial_id: int | None = None) -> None:
         """Replace our block in the note on the study or on a trial."""
@@ -202,14 +202,8 @@ class _Dashboard:
 
     def image_url(self, trial_id: int) -> str | None:
         """Return the URL of a trial's image, None without one."""
-        prefix = f"dashboard:artifacts:{trial_id}:"
-        for key, value in self._attributes.items():
-            artifact_id = key.removeprefix(prefix)
-            # Other characters would be markup in the note.
-            is_plain = artifact_id != key and re.fullmatch(r"[A-Za-z0-9-]+", artifact_id)
-            if is_plain and _filename(value) == IMAGE:
-                return self._artifact_url(trial_id, artifact_id)
-        return None
+        artifact_id = self._images.get(trial_id)
+        return None if artifact_id is None else self._artifact_url(trial_id, artifact_id)
 
     def save_image(self, store: ArtifactStore, trial_id: int, svg: str) -> str:
         """Upload an SVG image as an artifact of a trial and return its URL."""
@@ -381,18 +375,15 @@ def replace_block(note: str, content: str) -> str:
     The first block is replaced in place and copies of it are removed; without one, it is appended.
     """
     block = f"{BEGIN}\n\n{content.strip()}\n\n{END}"
-    found = list(_BLOCK.finditer(note))
-    if not found:
-        gap = "" if not note or note.endswith("\n\n") else "\n" if note.endswith("\n") else "\n\n"
-        return f"{note}{gap}{block}\n"
-    parts = [note[: found[0].start()], block]
-    for match, following in zip(found, [*found[1:], None], strict=True):
-        parts.append(note[match.end() : following.start() if following else None])
-    return "".join(parts)
+    if _BLOCK.search(note):
+        once = iter([block])
+        return _BLOCK.sub(lambda _: next(once, ""), note)
+    gap = "" if not note or note.endswith("\n\n") else "\n" if note.endswith("\n") else "\n\n"
+    return f"{note}{gap}{block}\n"
 
 
-def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
-    """Return the note on a study; ``trial_url`` returns the page of a trial by its number."""
+def study_note(text: ReportText, trial_url: str) -> str:
+    """Return the note on a study; ``trial_url`` and a number are the page of that trial."""
     parts = ["### Resource usage", escape(text.headline)]
     if text.ledger:
         rows = [
@@ -408,8 +399,10 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
         rows = [[d.title, code(d.driver.param), d.share, d.change] for d in text.drivers]
         parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
     if formulas := text.report.formulas:
-        form = {True: code, False: escape}
-        lines = [form[follows_law(text.report, n)](line) for n, line in formulas.items()]
+        lines = [
+            code(line) if follows_law(text.report, name) else escape(line)
+            for name, line in formulas.items()
+        ]
         parts += ["#### Fitted models", "\n".join(f"- {line}" for line in lines)]
     advice = text.advice[:_MAX_ADVICE]
     if advice:
@@ -417,7 +410,7 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
     ended = text.ended
     if ended:
         rows = [
-            [f"[{row.number}]({trial_url(row.number)})", row.outcome, escape(row.reason)]
+            [f"[{row.number}]({trial_url}{row.number})", row.outcome, escape(row.reason)]
             for row in ended[:_MAX_ENDED]
         ]
         shown = table(["trial", "outcome", "reason"], rows, right=(0,))

@@ -122,5 +122,5 @@ def test_only_formulas_are_set_as_code() -> None:
         ("bend", "- memory follows no floor plus power"),
     ):
         study = flawed_study(change)
-        note = study_note(ReportText(analyze(study)), str)
+        note = study_note(ReportText(analyze(study)), "")
         assert f"#### Fitted models\n\n{line}" in note
