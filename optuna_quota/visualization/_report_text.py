@@ -285,7 +285,7 @@ def _front_lines(front: DataFrame | None) -> Iterator[str]:
         share = cost / front[resource].iloc[-1]
         yield f"  {number:>7}{value:>14.6g}{format_amount(resource, cost):>14}{share:>14.0%}"
     if len(shown) < len(front):
-        yield f"  {len(front) - len(shown)} of {len(front)} are left out (report.front has all)."
+        yield f"  {len(front) - len(shown)} of {len(front)} are left out (`report.front` has all)."
 
 
 def _advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
@@ -340,7 +340,7 @@ def _model_lines(analysis: StudyAnalysis) -> Iterator[str]:
     yield from wrap(
         "Formulas (a floor plus a power law of the parameters over their middle; terms with "
         "p < 0.05 after Holm's correction, 95% intervals). To predict a number, use "
-        "report.footprint.predict(params)."
+        "`report.footprint.predict(params)`."
     )
     for name, model in analysis.models.items():
         yield from wrap(analysis.formulas[name], first="  ", indent="      ")

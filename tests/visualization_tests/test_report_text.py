@@ -22,6 +22,7 @@ from tests.analysis_tests.studies import (
     study_of,
     terminated,
 )
+from tests.utilization_tests.test_formula import flawed_study
 
 
 def test_the_summary_has_outcomes_and_correlations() -> None:
@@ -176,6 +177,12 @@ def test_bounds_halve_the_cost_and_keep_the_best() -> None:
         finished(t.params, Usage(cpu_time=t.params["rows"]), value=rng.random()) for t in trials
     ]
     assert analyze(study_of(*noise)).cheaper_space is None
+
+
+def test_code_stands_between_backticks() -> None:
+    summary = " ".join(analyze(flawed_study("bend")).summary().split())
+    assert summary.count("`report.footprint.predict(params)`") == 2
+    assert summary.count("report.footprint.predict") == 2
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
