@@ -71,7 +71,7 @@ class StudyFacts:
     def table(self) -> DataFrame:
         return self.data.table
 
-    @property
+    @cached_property
     def sign(self) -> float:
         """1 where the first objective is minimized, -1 where it is maximized."""
         return float(loss_signs(self.study)[0])
