@@ -41,10 +41,10 @@ Array = NDArray[np.float64]
 _FIGURES = ("rho", "lower", "upper", "p_value")
 _COLUMNS = ("param", "resource", *_FIGURES, "p_adjusted", "n", "measure", "branch")
 # Fewer trials are not tested: at n = 8 only |rho| > 0.74 passes a single test at 5%.
-MIN_TRIALS = 8
+MIN_TESTED = 8
 _Z95 = 1.959963984540054
 # Fewer trials that were observed to their end have no shares.
-_MIN_TRIALS = 10
+_MIN_OBSERVED = 10
 _POINTS = 400
 _DRAWS = 60
 _BINS = 8
@@ -79,7 +79,7 @@ def _row(data: StudyData, parameter: Parameter, resource: str) -> dict[str, Any]
     kept = data.ranked(resource) & parameter.active
     x, y = parameter.values[kept], data.amounts(resource)[kept]
     figures = dict.fromkeys(_FIGURES, math.nan)
-    if len(x) >= MIN_TRIALS and (x != x[0]).any() and (y != y[0]).any():
+    if len(x) >= MIN_TESTED and (x != x[0]).any() and (y != y[0]).any():
         figures = _epsilon_squared(x, y) if parameter.levels else spearman(x, y)
     return {
         "param": parameter.name,
@@ -183,7 +183,7 @@ def cost_drivers(
     found = {}
     for resource, model in contents.models.items():
         part = model.base if isinstance(model, ChainedModel) else model
-        if (~part.censored).sum() < _MIN_TRIALS:
+        if (~part.censored).sum() < _MIN_OBSERVED:
             continue
         logs, noise = log_draws(model, columns, _DRAWS)
         drivers = []

@@ -12,7 +12,7 @@ import numpy as np
 from optuna.trial import FrozenTrial
 
 from optuna_quota._analysis.advice import Advice
-from optuna_quota._analysis.drivers import claims, Driver, MIN_TRIALS
+from optuna_quota._analysis.drivers import claims, Driver, MIN_TESTED
 from optuna_quota._analysis.study_analysis import follows_law, StudyAnalysis, trials_of
 from optuna_quota._analysis.study_trials import by_outcome, ENDED, FinishedTrial
 from optuna_quota._ledger.status import status
@@ -303,7 +303,7 @@ def _correlation_lines(table: DataFrame) -> Iterator[str]:
         return
     if not tested:
         yield from wrap(
-            f"Correlations: none computed. They need {MIN_TRIALS} trials with a known usage in "
+            f"Correlations: none computed. They need {MIN_TESTED} trials with a known usage in "
             "which both the hyperparameter and the usage vary."
         )
         return
