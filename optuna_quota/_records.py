@@ -377,8 +377,8 @@ def _read_breach(value: Any) -> Breach | None:
     if not isinstance(value, Mapping) or not isinstance(value.get("resource"), str):
         return None
     figures = _numbers(value.get(name) for name in ("limit", "observed", "seconds"))
-    flags = (value.get(name) is True for name in _BREACH_FLAGS)
-    return Breach(value["resource"], *figures, *flags) if figures else None
+    flags = {name: value.get(name) is True for name in _BREACH_FLAGS}
+    return Breach(value["resource"], *figures, **flags) if figures else None
 
 
 def _read_footprint(value: Any) -> dict[str, Interval]:
