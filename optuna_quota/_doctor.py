@@ -104,21 +104,24 @@ def check_platform(name: str) -> Finding:
 # What a trial may do: area, state without it, the problem, what it means, the fix; what there is.
 _KERNEL: dict[str, tuple[Area, State, str, str, str, str]] = {
     "kernel memory limit": (
-        *("stopping", "missing"),
+        "stopping",
+        "missing",
         "RLIMIT_DATA is not enforced: {}.",
         "`strict_memory=True` refuses no allocation: memory limits hold by sampling alone.",
         "Run on Linux 4.7 or newer, without gVisor.",
         "RLIMIT_DATA is enforced, as `strict_memory=True` needs.",
     ),
     "out-of-memory killer": (
-        *("stopping", "degraded"),
+        "stopping",
+        "degraded",
         "A trial's oom_score_adj can't be raised: {}.",
         "When the host runs out of memory, the kernel may kill the worker, not the trial.",
         "Mount /proc writable in the container.",
         "When the host runs out of memory, the kernel kills the trial, not the worker.",
     ),
     "peak memory": (
-        *("measuring", "degraded"),
+        "measuring",
+        "degraded",
         "The kernel's peak can't be reset: {}.",
         "Without `isolated`, a peak between two samples may be missed.",
         "Use `isolated`, or mount /proc writable in the container.",
