@@ -205,9 +205,9 @@ class ReportText:
                 "What drives cost: shares of the variance of the logarithm over the range "
                 "searched, 90% interval, by the footprint; the rest is noise and interactions"
             )
-            for resource in dict.fromkeys(row.resource for row in self.drivers):
-                clear = [row.driver for row in self.drivers if row.resource == resource]
-                yield from _resource_driver_lines(get_resource(resource).title, clear)
+            for resource, drivers in self.report.drivers.items():
+                if clear := [driver for driver in drivers if driver.is_clear]:
+                    yield from _resource_driver_lines(get_resource(resource).title, clear)
 
 
 def _resource_driver_lines(title: str, drivers: Sequence[Driver]) -> Iterator[str]:
