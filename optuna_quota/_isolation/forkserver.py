@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import faulthandler
 import gc
 import importlib
+import itertools
 from multiprocessing import resource_tracker
 import os
 from pathlib import Path
@@ -143,9 +144,10 @@ class ForkServer:
             self._spare = None
         sys.path[:] = request.path
         errors, main = {}, request.main
-        names = [name for name in request.modules if name not in sys.modules]
+        # Lazily: most are imported by those before them.
+        names = (name for name in request.modules if name not in sys.modules)
         with _modules_may_open_files():
-            for name in [*names, *([] if main is None else ["__main__"])]:
+            for name in itertools.chain(names, () if main is None else ("__main__",)):
                 if linux.is_ready(self._channel.fileno(), 0.0, to_write=True):
                     self._channel.send(name)  # else the study reads nothing: it is stopped
                 if name == "__main__" and main is not None:
