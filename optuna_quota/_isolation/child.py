@@ -43,7 +43,7 @@ from optuna_quota._isolation.random_generators import (
 )
 from optuna_quota._isolation.reducers import inherited_descriptors
 from optuna_quota._isolation.rpc import MEASURE, RemoteTrial, RpcClient, TRIAL
-from optuna_quota._isolation.signals import PoliteStop, restore_signals
+from optuna_quota._isolation.signals import ENDED, PoliteStop, restore_signals
 
 
 _FILES = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}
@@ -109,7 +109,7 @@ def run_child(
         if link is not None and os.getpid() == own:
             # A peak after the supervisor's last measurement; this process may end before its next.
             with contextlib.suppress(OSError):
-                link.send(pickle.dumps(memory_limits.own_memory()))
+                link.send(ENDED + pickle.dumps(memory_limits.own_memory()))
         # Modules and objects may raise anything when inspected; the trial's own result counts.
         with contextlib.suppress(Exception):
             outcome = replace(outcome, changed=changed_variables(variables))

@@ -26,6 +26,8 @@ from optuna_quota.exceptions import LimitBreached
 STOP_SIGNAL: int = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else signal.SIGTERM
 # Sent by the supervisor to a trial that waits to begin.
 BEGIN = b"begin"
+# The trial's last message to its supervisor, before a pickle: an objective may write to any file.
+ENDED = b"ended"
 
 
 class PoliteStop:

@@ -21,7 +21,7 @@ import time
 from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.memory_limits import Cgroup, DataLimit
-from optuna_quota._isolation.signals import BEGIN, STOP_SIGNAL
+from optuna_quota._isolation.signals import BEGIN, ENDED, STOP_SIGNAL
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._metering.linux_process import LinuxProcess
 from optuna_quota._metering.linux_process_tree import TreeSampler
@@ -328,9 +328,10 @@ class Supervisor:
     def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
             self._exitcode = linux.reap().get(self.child)
-        # It was killed, or the objective has written to a descriptor that was not its own.
-        with contextlib.suppress(Exception):
-            self._memory.end(pickle.loads(self.link.recv(1 << 16, socket.MSG_DONTWAIT)))
+        with contextlib.suppress(OSError):  # it was killed
+            message = self.link.recv(1 << 16, socket.MSG_DONTWAIT)
+            if message.startswith(ENDED):
+                self._memory.end(pickle.loads(message.removeprefix(ENDED)))
         return self._exit_report(*self._kill_leftovers())
 
     def _give_up(self) -> messages.ExitReport:
