@@ -286,9 +286,9 @@ class CandidateFilter:
         # A completed trial has no parameters but those that it suggested.
         params = trial.params if completed else {**state.drawn, **trial.params}
         if completed or self.footprint.is_complete(params):
-            # What the trial used is recorded whatever a user's footprint raises; the next trial
-            # raises it as well.
-            with contextlib.suppress(Exception):
+            # Where a user's function fails or returns no Usage, what the trial used is recorded
+            # nevertheless; the next trial raises the latter.
+            with contextlib.suppress(KeyError, TypeError):
                 intervals = state.forecast.expected.intervals(params)
         if state.rejected is None:
             return None, dict(intervals), {}
