@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import contextlib
 import ctypes
 import functools
@@ -181,14 +181,19 @@ def send(number: int, pids: Iterable[int], tree_pids: Iterable[int]) -> None:
     """
     tree = {os.getpid(), *tree_pids}
     for pid in pids:
-        with contextlib.suppress(OSError):
-            handle = os.pidfd_open(pid)
-            try:
-                fields = _stat_fields(pid)
-                if fields and int(fields[1]) in tree:
-                    signal.pidfd_send_signal(handle, number)
-            finally:
-                os.close(handle)
+        _send_if(lambda fields: int(fields[1]) in tree, number, pid)
+
+
+def _send_if(is_meant: Callable[[list[bytes]], bool], number: int, pid: int) -> None:
+    """Send a signal to a process if the fields of its ``/proc/PID/stat`` say that it is meant."""
+    with contextlib.suppress(OSError):
+        handle = os.pidfd_open(pid)
+        try:
+            fields = _stat_fields(pid)
+            if fields and is_meant(fields):
+                signal.pidfd_send_signal(handle, number)
+        finally:
+            os.close(handle)
 
 
 class TrialSession:
@@ -206,30 +211,20 @@ class TrialSession:
         if _start_time(self._leader) not in (None, self._begun):
             return
         for _ in range(_MOST_KILLS):
-            members = [pid for pid in _all_pids() if self._has(pid) and not is_exiting(pid)]
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            members = [p for p in pids if self._has(_stat_fields(p)) and not is_exiting(p)]
             if not members:
                 return
             for pid in members:
-                with contextlib.suppress(OSError):
-                    handle = os.pidfd_open(pid)
-                    try:
-                        if self._has(pid):
-                            signal.pidfd_send_signal(handle, signal.SIGKILL)
-                    finally:
-                        os.close(handle)
+                _send_if(self._has, signal.SIGKILL, pid)
             time.sleep(0.001)
 
-    def _has(self, pid: int) -> bool:
-        fields = _stat_fields(pid)
+    def _has(self, fields: list[bytes]) -> bool:
         return bool(fields) and int(fields[3]) == self._leader
 
 
 # A process that is being killed may start another one; one that hangs in the kernel remains.
 _MOST_KILLS = 100
-
-
-def _all_pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _start_time(pid: int) -> bytes | None:
