@@ -66,19 +66,16 @@ _LONGEST_TURN = 0.05
 
 @dataclass
 class Supervisor:
-    """Supervises one trial, a child process, until none of its processes is left.
+    """Supervises one trial, a child process, until none of its processes is left."""
 
-    ``control`` connects to the study's process, of which ``parent`` is a pidfd, ``link`` to the
-    trial's. ``monitoring`` is given if this process was forked from the study's.
-    """
-
-    control: Channel
-    child: int
+    control: Channel  # To the study's process
+    child: int  # The pid of the trial's own process
     _: KW_ONLY
-    link: socket.socket
-    parent: int
-    crash_file: int
-    cgroup: Cgroup | None
+    link: socket.socket  # To the trial's own process
+    parent: int  # A pidfd of the study's process
+    crash_file: int  # An open file, to which faulthandler writes in the trial's process
+    cgroup: Cgroup | None  # The trial's own control group
+    # What to enforce, once known: at once if this process was forked from the study's
     monitoring: messages.BeginMonitoring | None = None
 
     def __post_init__(self) -> None:
