@@ -304,7 +304,9 @@ def test_processes_of_a_trial_end_with_its_supervisor(method: StartMethod) -> No
 
 
 @pytest.mark.parametrize("sent", [b"no pickle", b"I5\n."])
-def test_what_an_objective_writes_to_a_socket_of_ours_does_no_harm(sent: bytes) -> None:
+def test_what_an_objective_writes_to_a_socket_of_ours_does_no_harm(
+    sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("child", subprocess.Popen(["sleep", "60"]).pid)
         for handle in range(3, 64):
@@ -317,9 +319,14 @@ def test_what_an_objective_writes_to_a_socket_of_ours_does_no_harm(sent: bytes) 
                     found.send(sent)
         return 1.0
 
-    trial = run_one(objective, start_method="fork")
+    optuna.logging.enable_propagation()
+    try:
+        trial = run_one(objective, start_method="fork")
+    finally:
+        optuna.logging.disable_propagation()
     assert trial.value == 1.0
     assert not wait_until_gone([trial.user_attrs["child"]])
+    assert "left processes behind" in caplog.text  # by the report of the supervisor
 
 
 @pytest.mark.slow
