@@ -151,7 +151,13 @@ def test_a_sampler_or_pruner_in_the_others_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("confidence", 0.9), ("quota", Quota(n_trials=9)), ("deadline", 60)]
+    ("name", "value"),
+    [
+        ("base_sampler", RandomSampler()),
+        ("confidence", 0.9),
+        ("quota", Quota(n_trials=9)),
+        ("deadline", 60),
+    ],
 )
 def test_an_option_that_would_be_ignored_can_t_be_set(name: str, value: Any) -> None:
     sampler = QuotaSampler(quota=Quota(n_trials=1))
