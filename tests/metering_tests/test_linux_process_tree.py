@@ -231,24 +231,33 @@ time.sleep(60)
     assert found is not None and found > 180 * MIB
 
 
-def test_the_kernels_peak_is_exact_and_can_be_reset() -> None:
-    # In a child: what other tests left in this process may be freed at any time.
-    code = """
+RISE_AND_FALL = """
 import mmap
 say("ready")
 hear()
 with mmap.mmap(-1, 90 * 2**20) as block:
     block.write(b"1" * (90 * MIB))
+    say("high")
+    hear()
 say("freed")
 hear()
 """
-    with script(code) as child:
+
+
+def rise_and_fall(child: subprocess.Popen[str]) -> None:
+    for expected in ("high", "freed"):
+        tell(child)
+        assert line(child) == expected
+
+
+def test_the_kernels_peak_is_exact_and_can_be_reset() -> None:
+    # In a child: what other tests left in this process may be freed at any time.
+    with script(RISE_AND_FALL) as child:
         assert line(child) == "ready"
         tree = LinuxProcessTree(child.pid)
         tree.reset_peak()
         start = tree.read(thorough=True).memory
-        tell(child)
-        assert line(child) == "freed"
+        rise_and_fall(child)
         peak = tree.read(thorough=True).peak
         assert start is not None and peak is not None
         assert peak >= start + 85 * MIB
@@ -267,19 +276,6 @@ def test_the_peak_of_a_process_from_before_is_not_taken() -> None:
         peak = tree.read(thorough=True).peak
         assert peak is not None and peak < 60 * MIB
         tree.close()
-
-
-RISE_AND_FALL = """
-import mmap
-say("ready")
-hear()
-with mmap.mmap(-1, 90 * 2**20) as block:
-    block.write(b"1" * (90 * MIB))
-    say("high")
-    hear()
-say("freed")
-hear()
-"""
 
 
 def test_a_peak_during_a_measurement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,9 +306,7 @@ def test_a_study_leaves_its_trials_peak_to_the_supervisor() -> None:
         assert line(child) == "ready"
         tree = LinuxProcessTree(child.pid, supervisor.pid)
         process = LinuxProcess(child.pid)
-        for expected in ("high", "freed"):
-            tell(child)
-            assert line(child) == expected
+        rise_and_fall(child)
         before = process.snapshot(0)
         tree.reset_peak()
         assert before is not None and process.snapshot(0) is not None
