@@ -43,6 +43,13 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerClient]:
     found.close()
 
 
+@pytest.fixture
+def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose modules a fork server finds."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
 def loaded(client: ForkServerClient) -> set[str]:
     assert client._server is not None
     return client._server.loaded
@@ -98,11 +105,10 @@ def test_a_module_to_preload_that_cannot_be_imported(
 
 @pytest.mark.slow
 def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+    importable: Path, client: ForkServerClient
 ) -> None:
     # Otherwise the first trial's slow start would make its point look too slow.
-    (tmp_path / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    (importable / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
     client._wanted.update(dict.fromkeys(["long_to_load"]))
     study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=3)))
     study.optimize(isolated(quadratic), n_trials=1)
@@ -161,10 +167,9 @@ def test_a_lazy_module_costs_no_result() -> None:
 
 @pytest.mark.slow
 def test_a_module_that_ends_the_fork_server_is_left_to_the_trials(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+    importable: Path, client: ForkServerClient
 ) -> None:
-    (tmp_path / "ends_its_process.py").write_text("import os\nos._exit(3)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    (importable / "ends_its_process.py").write_text("import os\nos._exit(3)\n")
     client.learn(["ends_its_process"])
     study = optuna.create_study()
     study.optimize(isolated(quadratic), n_trials=2)
@@ -174,13 +179,12 @@ def test_a_module_that_ends_the_fork_server_is_left_to_the_trials(
 
 @pytest.mark.slow
 def test_a_module_that_hangs_where_a_trial_imported_it_is_left_to_the_trials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+    importable: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:
-    pid = tmp_path / "pid"
-    (tmp_path / "hangs_elsewhere.py").write_text(
+    pid = importable / "pid"
+    (importable / "hangs_elsewhere.py").write_text(
         f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(forkserver_client, "LEARNED_TIME", 1.0)
     client.prepare()
     client.learn(["hangs_elsewhere"])
@@ -194,13 +198,12 @@ def test_a_module_that_hangs_where_a_trial_imported_it_is_left_to_the_trials(
 
 @pytest.mark.slow
 def test_modules_that_start_threads_are_left_to_the_trials(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+    importable: Path, client: ForkServerClient
 ) -> None:
-    (tmp_path / "starts_a_thread.py").write_text(
+    (importable / "starts_a_thread.py").write_text(
         "import threading, time\n"
         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
     client._wanted.update(dict.fromkeys(["starts_a_thread"]))
     study = optuna.create_study()
     study.optimize(isolated(quadratic), n_trials=2)
@@ -210,9 +213,9 @@ def test_modules_that_start_threads_are_left_to_the_trials(
 
 @pytest.mark.slow
 def test_a_package_full_of_threads_costs_one_fork_server(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+    importable: Path, client: ForkServerClient
 ) -> None:
-    package = tmp_path / "full_of_threads"
+    package = importable / "full_of_threads"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "quiet.py").write_text("")
@@ -221,7 +224,6 @@ def test_a_package_full_of_threads_costs_one_fork_server(
             "import threading, time\n"
             "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         )
-    monkeypatch.syspath_prepend(str(tmp_path))
     client._wanted.update(dict.fromkeys(["full_of_threads", "full_of_threads.quiet"]))
     client._wanted.update(dict.fromkeys([f"full_of_threads.{name}" for name in "abcd"]))
     client.launch(None).close()
@@ -272,19 +274,18 @@ def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_import_that_hangs_in_the_fork_server_fails_the_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+    importable: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:
-    (tmp_path / "hangs.py").write_text(
-        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w')"
+    (importable / "hangs.py").write_text(
+        f"import os, time\nopen({str(importable / 'pid')!r}, 'w')"
         ".write(str(os.getpid()))\ntime.sleep(600)\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
     client.prepare()
     monkeypatch.setattr(forkserver_client, "ANSWER_TIME", 2.0)
     study = optuna.create_study()
     with pytest.raises(TrialCrashed, match="The import of 'hangs' has not ended within 2 s"):
         study.optimize(isolated(quadratic, preload=["hangs"], on_crash="raise"), n_trials=1)
-    pid = int((tmp_path / "pid").read_text())
+    pid = int((importable / "pid").read_text())
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
 
 
@@ -301,12 +302,11 @@ def test_a_large_request_to_a_fork_server_that_does_not_start(
 
 
 def test_modules_may_take_long_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+    importable: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:
     names = ["slow_one", "slow_two", "slow_three"]
     for name in names:
-        (tmp_path / f"{name}.py").write_text("import time\ntime.sleep(1.5)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+        (importable / f"{name}.py").write_text("import time\ntime.sleep(1.5)\n")
     client.prepare()
     monkeypatch.setattr(forkserver_client, "ANSWER_TIME", 3.0)
     client.prepare(names)
