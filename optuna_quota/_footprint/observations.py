@@ -121,13 +121,13 @@ def select_observations(
     older = observations[:n_older]
     kept = set(range(n_older, len(observations)))
     names = sorted({name for each in older for name in each.usage.amounts()})
-    for left, name in zip(range(len(names), 0, -1), names, strict=True):
+    for n_done, name in enumerate(names):
         amounts = np.array([each.usage.get(name) for each in older], dtype=float)
         order = np.argsort(amounts, kind="stable")[: int(np.sum(np.isfinite(amounts)))]
         # Resources mostly rank the trials alike: those that another one chose are not counted.
         order = np.array([i for i in order if i not in kept], dtype=int)
         if len(order):
-            count = min((most - len(kept)) // left, len(order))
+            count = min((most - len(kept)) // (len(names) - n_done), len(order))
             ranks = np.linspace(0, len(order) - 1, count)
             kept.update(order[ranks.round().astype(int)].tolist())
     return [observations[i] for i in sorted(kept)]
