@@ -221,7 +221,7 @@ SLEEPER = """
     import os, signal, sys, time
     import optuna
     from optuna_quota import isolated
-    from tests.isolation_tests.scripts import journal, METHODS
+    from tests.isolation_tests.scripts import journal
 
     # A shell's background job, as this suite may be one, is started deaf to these.
     signal.signal(signal.SIGINT, signal.default_int_handler)
