@@ -15,7 +15,7 @@ from optuna_quota._analysis.advice import Advice
 from optuna_quota._analysis.drivers import claims, Driver, MIN_TESTED
 from optuna_quota._analysis.study_analysis import follows_law, StudyAnalysis, trials_of
 from optuna_quota._analysis.study_trials import by_outcome, ENDED, FinishedTrial
-from optuna_quota._ledger.status import status
+from optuna_quota._ledger.status import LedgerStatus, status
 from optuna_quota._records import PROPOSED, read_record
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._table import DataFrame
@@ -78,27 +78,27 @@ class ReportText:
         self.waste = waste_of(self.trials)
 
     @cached_property
-    def _ledger(self) -> tuple[list[str], list[LedgerRow], str]:
-        ledger, rows = status(self.trials.study), []
+    def _status(self) -> LedgerStatus:
+        return status(self.trials.study)
+
+    @property
+    def ledger_head(self) -> list[str]:
         # Omit a column of dashes.
-        reserved = any(line.reserved for line in ledger.lines)
+        reserved = any(line.reserved for line in self._status.lines)
         shown = [name for name in LEDGER if name != "reserved" or reserved]
-        for line in ledger.lines:
+        return ["resource", *shown, "of the quota"]
+
+    @cached_property
+    def ledger(self) -> list[LedgerRow]:
+        rows, shown = [], self.ledger_head[1:-1]
+        for line in self._status.lines:
             # Zero is shown only for what is left.
             amounts = {name: getattr(line, name) for name in shown}
             known = {n: a for n, a in amounts.items() if a or (n == "left" and a is not None)}
             cells = [format_amount(line.resource, known[n]) if n in known else "–" for n in shown]
             share = (line.used + line.reserved) / line.quota if line.quota else None
             rows.append(LedgerRow([resource_title(line.resource), *cells], share))
-        return ["resource", *shown, "of the quota"], rows, ledger.end or ""
-
-    @property
-    def ledger_head(self) -> list[str]:
-        return self._ledger[0]
-
-    @property
-    def ledger(self) -> list[LedgerRow]:
-        return self._ledger[1]
+        return rows
 
     @property
     def notes(self) -> list[str]:
@@ -107,7 +107,7 @@ class ReportText:
             f"{get_resource(name).title} {format_amount(name, limit)}"
             for name, limit in self.trials.limits.items()
         )
-        found = (limits and f"Limits on a trial: {limits}.", self._ledger[2], self.refused)
+        found = (limits and f"Limits on a trial: {limits}.", self._status.end, self.refused)
         return [note for note in found if note]
 
     @property
