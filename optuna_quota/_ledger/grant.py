@@ -45,10 +45,9 @@ _NOTHING: Mapping[str, float] = MappingProxyType({})
 
 # With less than this share left, a quota counts as used up.
 _MIN_SHARE = 1e-3
-# A trial of unknown footprint starts with at least this share of a quota on memory and the like.
+# A trial of unknown footprint starts with at least this share of a quota on memory and the like,
+# or of a GPU's memory.
 _MIN_HELD_SHARE = 1 / 8
-# A trial of unknown footprint needs at least this share of a GPU's memory to start.
-_MIN_GPU_SHARE = 1 / 8
 # A grant is reduced if the trial's point needs less than this share of it.
 _RELEASE_BELOW = 0.9
 
@@ -177,7 +176,7 @@ class GpuChoice:
 
         requests = {}
         for gpu in sorted(self.gpus, key=preference, reverse=True)[: self.count]:
-            least = _MIN_GPU_SHARE * gpu.memory if each is None else each
+            least = _MIN_HELD_SHARE * gpu.memory if each is None else each
             most = max(least, room[gpu] / 2) if each is None else each
             requests[gpu.resource] = ResourceRequest(least, most)
         return requests
