@@ -129,7 +129,7 @@ class RunningTrials(dict[int, RunningTrial]):
             return True
         if in_optimize:
             return False
-        if self.left_behind():  # the objective of one of them has called `ask`
+        if self.in_optimize_here():  # an objective has called `ask`
             return True
         if not self.asked_here():
             return False
@@ -139,8 +139,8 @@ class RunningTrials(dict[int, RunningTrial]):
         others = [thread for thread in threading.enumerate() if thread is not here]
         return all(thread.name.startswith("optuna-quota-") for thread in others)
 
-    def left_behind(self) -> list[RunningTrial]:
-        """Return earlier trials of this thread's ``optimize`` that have not reached ``tell``."""
+    def in_optimize_here(self) -> list[RunningTrial]:
+        """Return the trials of this thread's ``optimize`` that have not reached ``tell``."""
         with self.lock:
             return [running for running in self._of_this_thread() if running.in_optimize]
 

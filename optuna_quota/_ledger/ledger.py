@@ -427,7 +427,7 @@ class Ledger:
         """Fail trials that this thread's ``optimize`` left unfinished after a storage error."""
         if not self._asked_by_optimize():
             return
-        for running in self._running.left_behind():
+        for running in self._running.in_optimize_here():
             usage = Usage() if running.monitor is None else running.monitor.close()
             self.charge(running.trial_id, usage)
             for entry in self._state.refresh().open:

@@ -354,7 +354,7 @@ def test_a_trial_starts_while_another_thread_looks_through_those_that_run() -> N
             return threading.get_ident()
 
     running[0] = Trial(trial_id=0, number=0, in_optimize=True, monitor=None)
-    assert [trial.number for trial in running.left_behind()] == [0]
+    assert [trial.number for trial in running.in_optimize_here()] == [0]
 
 
 class Owner:
