@@ -313,6 +313,24 @@ def test_modules_may_take_long_together(
     assert set(names) <= loaded(client)
 
 
+def test_a_module_that_another_imports_is_not_waited_for(
+    importable: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+) -> None:
+    (importable / "outer.py").write_text("import inner\n")
+    (importable / "inner.py").write_text("")
+    client.prepare()
+    waits, wait = [], forkserver_client._wait
+
+    def counted(*arguments: Any) -> None:
+        waits.append(arguments)
+        wait(*arguments)
+
+    monkeypatch.setattr(forkserver_client, "_wait", counted)
+    client.prepare(["outer", "inner"])
+    assert {"outer", "inner"} <= loaded(client)
+    assert len(waits) == 2  # for the import of the first, and for the answer
+
+
 def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
     client = ForkServerClient()
     loop = metering_loop()
