@@ -18,7 +18,7 @@ import math
 import operator
 import os
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 from optuna_quota._isolation.channel import pack_error, SentError, unpack_error
@@ -55,6 +55,13 @@ class LoguruRecord:
     error: SentError | None
 
 
+class LoguruSettings(NamedTuple):
+    """How the study's process logs by loguru."""
+
+    least: float  # The lowest level of its handlers, infinite without any
+    levels: Sequence[tuple[str, int, str, str]]  # Each by name, number, color and icon
+
+
 @dataclass(frozen=True)
 class OutputSettings:
     """How the study's process prints, logs and warns."""
@@ -70,8 +77,7 @@ class OutputSettings:
     disabled: int  # The level up to which logging is off altogether
     # ``warnings.filters``, with names instead of categories
     filters: Sequence[tuple[str, Any, str, Any, int]]
-    # The lowest level of loguru's handlers, infinite without any, and its levels; None without it
-    loguru: tuple[float, tuple[tuple[str, int, str, str], ...]] | None
+    loguru: LoguruSettings | None  # None where it is not loaded
 
 
 def read_output_settings() -> OutputSettings:
@@ -376,31 +382,31 @@ def _all_loggers() -> list[logging.Logger]:
 # Loguru, whose functions don't tell its settings.
 
 
-def _read_loguru() -> Any:
+def _read_loguru() -> LoguruSettings | None:
     core = getattr(getattr(sys.modules.get("loguru"), "logger", None), "_core", None)
     levels = getattr(core, "levels", None)
     if not isinstance(levels, dict):
         return None
-    found = tuple((x.name, x.no, x.color, x.icon) for x in list(levels.values()))
-    return getattr(core, "min_level", 0), found
+    found = [(x.name, x.no, x.color, x.icon) for x in list(levels.values())]
+    return LoguruSettings(getattr(core, "min_level", 0), found)
 
 
 def forward_loguru(settings: OutputSettings, calls: RpcClient) -> None:
     """Send all records of this process to the study's handlers from now on."""
     if settings.loguru is not None:
-        after_import("loguru", functools.partial(_forward_loguru, *settings.loguru, calls))
+        after_import("loguru", functools.partial(_forward_loguru, settings.loguru, calls))
 
 
-def _forward_loguru(least: float, levels: Any, calls: RpcClient, module: Any) -> None:
+def _forward_loguru(settings: LoguruSettings, calls: RpcClient, module: Any) -> None:
     logger = module.logger
-    for name, number, color, icon in levels:
+    for name, number, color, icon in settings.levels:
         # The number of a known level can't be changed.
         with contextlib.suppress(TypeError, ValueError):
             logger.level(name, no=number, color=color, icon=icon)
     logger.remove()
-    if math.isfinite(least):
+    if math.isfinite(settings.least):
         sink = functools.partial(_send_loguru, calls)
-        logger.add(sink, level=least, format="{message}")
+        logger.add(sink, level=settings.least, format="{message}")
 
 
 _PLAIN = ("elapsed", "function", "line", "message", "module", "name", "time")
