@@ -84,15 +84,14 @@ def test_an_attribute_that_no_trial_has_is_refused(
     assert run_command(capsys, "report", "--storage", tuned, "--user-attr", "quota:host").err == ""
 
 
+@pytest.mark.parametrize("option", ["--html", "--footprint"])
 def test_a_file_that_cannot_be_written_is_an_error_of_one_sentence(
-    tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run_command(
-        capsys, "report", "--storage", tuned, "--html", str(tmp_path / "no" / "x")
-    )
+    result = run_command(capsys, "report", "--storage", tuned, option, str(tmp_path / "no" / "x"))
     assert result.status == 1
     error = " ".join(result.err.split())
-    assert error.startswith("optuna-quota report: --html: ")
+    assert error.startswith(f"optuna-quota report: {option}: ")
     assert error.endswith(f"there is no folder '{tmp_path / 'no'}'.")
     assert "Traceback" not in error and "Errno" not in error
 
