@@ -139,14 +139,15 @@ def _models(text: ReportText) -> list[Safe]:
 
 
 def _ended(text: ReportText) -> list[Safe]:
-    rows = [[str(t.number), t.outcome, t.reason, t.main_usage()] for t in text.ended]
-    if not rows:
+    ended = text.ended
+    if not ended:
         return []
+    rows = [[str(t.number), t.outcome, t.reason, t.main_usage()] for t in ended[:_MAX_ENDED]]
     head = ["trial", "outcome", "reason", "used"]
     parts = [element("h2", "Terminated, rejected and failed trials")]
-    parts.append(table(head, rows[:_MAX_ENDED], name="wide ended"))
-    if len(rows) > _MAX_ENDED:
-        parts.append(element("p", f"… and {len(rows) - _MAX_ENDED:,} earlier ones."))
+    parts.append(table(head, rows, name="wide ended"))
+    if len(ended) > _MAX_ENDED:
+        parts.append(element("p", f"… and {len(ended) - _MAX_ENDED:,} earlier ones."))
     return parts
 
 
