@@ -232,10 +232,6 @@ def waste_of(trials: StudyTrials) -> Waste:
     return Waste({outcome: len(group) for outcome, group in groups.items()}, spent)
 
 
-_BAR = {"type": "bar", "orientation": "h", "width": 0.6, "textangle": 0}
-_BAR |= {"textposition": "inside", "insidetextanchor": "middle"}
-
-
 def _bars(waste: Waste) -> list[dict[str, Any]]:
     names = ["Trials", *(_theme.resource_title(TOTAL_OF[r]) for r in waste.spent)]
     count = sum(waste.trials.values())
@@ -244,16 +240,22 @@ def _bars(waste: Waste) -> list[dict[str, Any]]:
         shares = [trials / count, *(waste.share(r, outcome) for r in waste.spent)]
         amounts = [format_amount(r, s[outcome]) for r, s in waste.spent.items()]
         edge = {"width": 1, "color": "#FFFFFF"}
-        shown = {
+        bar = {
+            "type": "bar",
+            "orientation": "h",
+            "width": 0.6,
             "name": outcome,
             "y": names,
             "x": [_percent(share) for share in shares],
             "marker": {"color": _theme.OUTCOMES[outcome].color, "line": edge},
             "text": [f"{100 * s:.0f}%" if s >= 0.05 else "" for s in shares],
+            "textangle": 0,
+            "textposition": "inside",
+            "insidetextanchor": "middle",
             "customdata": [f"{trials:,} of {count:,} trials", *amounts],
             "hovertemplate": f"{outcome}: %{{x:.1f}}%, %{{customdata}}<extra></extra>",
         }
-        bars.append({**_BAR, **shown})
+        bars.append(bar)
     return bars
 
 

@@ -302,10 +302,6 @@ def axis(
     return layout
 
 
-_TOP_LEFT = {"x": 0, "y": 1, "xanchor": "left", "yanchor": "top"}
-_TOP_LEFT |= {"xref": "container", "yref": "container"}
-
-
 def layout_of(title: str, subtitle: str = "") -> dict[str, Any]:
     """Return the layout that all figures share, without plotly's template, which adds 7 kB."""
     heading = f"<b>{escape(title)}</b>"
@@ -315,7 +311,12 @@ def layout_of(title: str, subtitle: str = "") -> dict[str, Any]:
         "template": {},
         "title": {
             "text": heading,
-            **_TOP_LEFT,
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
             "pad": {"t": 20, "l": 16},
             "font": {"size": 15, "color": TEXT},
         },
@@ -364,11 +365,18 @@ def size_markers(traces: Sequence[dict[str, Any]]) -> None:
 
 def empty_figure(title: str, reason: str) -> Figure:
     """Return a figure without data that says why there is none."""
-    text = {"text": escape(reason), "showarrow": False, "font": {"size": 14, "color": MUTED}}
-    place = {"x": 0.5, "y": 0.5, "xref": "paper", "yref": "paper"}
+    shown = {
+        "text": escape(reason),
+        "x": 0.5,
+        "y": 0.5,
+        "xref": "paper",
+        "yref": "paper",
+        "showarrow": False,
+        "font": {"size": 14, "color": MUTED},
+    }
     hidden = {"visible": False}
-    layout = {**layout_of(title), "xaxis": hidden, "yaxis": hidden}
-    return import_plotly().Figure({"layout": {**layout, "annotations": [{**text, **place}]}})
+    layout = {**layout_of(title), "annotations": [shown], "xaxis": hidden, "yaxis": hidden}
+    return import_plotly().Figure({"layout": layout})
 
 
 _MODEBAR_WIDTH = 36
