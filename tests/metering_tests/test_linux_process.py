@@ -84,7 +84,6 @@ def test_after_an_interrupt_no_other_file_is_closed(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_process_that_ends_while_it_is_read_holds_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
