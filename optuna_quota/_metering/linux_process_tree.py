@@ -137,6 +137,7 @@ class LinuxProcessTree:
         self._time = TreeCpuTime()
         self._outsiders = float(outsiders)
         self._peak: int | None = None
+        self._most_excess = 0  # since peaks were last looked for
         self._shared = SharedPages()
         self._ceiling = math.inf
         self._latest = TreeMemory({})
@@ -158,6 +159,8 @@ class LinuxProcessTree:
         memory = self._read_memory() or None  # as all of them have ended
         for found in peaks:
             self._add_peak(found)
+        if peaks:
+            self._most_excess = self._shared.excess
         return TreeReading(memory, self._time.total, self._peak, tuple(self._members))
 
     @property
@@ -274,7 +277,7 @@ class LinuxProcessTree:
                 moved += abs(self._members[pid].shareable - shareable[pid])
             elif memories[pid].held:
                 ended.append(pid)
-        return self._shared.update(
+        memory = self._shared.update(
             memories,
             faulted=faulted,
             cost=time.thread_time() - begun,
@@ -283,6 +286,8 @@ class LinuxProcessTree:
             doubt=find_doubt(memories, moved, ended),
             before=held.sizes,
         )
+        self._most_excess = max(self._most_excess, self._shared.excess)
+        return memory
 
     def _measure_inherited(self, memories: Mapping[int, ProcessMemory]) -> int:
         """Return the bytes of inherited memory that don't count."""
@@ -316,8 +321,8 @@ class LinuxProcessTree:
         return self._reaper is not None and self._reaper.pid != os.getpid()
 
     def _add_peak(self, found: int | None) -> None:
-        # It may have begun to share pages since then: only a lower bound counts.
-        own = 0 if found is None else found - self._excess()
+        # It may have begun to share pages since then, or ceased to: only a lower bound counts.
+        own = 0 if found is None else found - max(self._excess(), self._most_excess)
         self._peak = max(self._peak or 0, own)
 
     def _excess(self) -> int:

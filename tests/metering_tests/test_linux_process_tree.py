@@ -267,6 +267,46 @@ def test_the_kernels_peak_is_exact_and_can_be_reset() -> None:
         tree.close()
 
 
+@pytest.mark.parametrize("quickly_first", [False, True])
+def test_pages_that_are_written_to_after_a_peak_are_no_part_of_it(quickly_first: bool) -> None:
+    # As by Python's garbage collector, which writes to all objects that a fork has inherited.
+    code = """
+import mmap
+from optuna_quota._metering.linux_process import LinuxProcess, read_huge_pages
+from optuna_quota._metering.linux_process_tree import LinuxProcessTree
+
+block = bytearray(100 * MIB)
+heard, tell = os.pipe()
+done, tell_done = os.pipe()
+
+def work():
+    os.read(heard, 1)
+    with mmap.mmap(-1, 200 * MIB) as own:
+        for _ in range(200):
+            own.write(b"1" * MIB)
+    for i in range(0, len(block), 4096):
+        block[i] = 1
+    os.write(tell_done, b"x")
+    os.read(heard, 1)
+
+pid = fork(work)
+tree = LinuxProcessTree(pid, os.getpid(), forked_from_study=True)
+tree.begin(LinuxProcess(pid).snapshot(read_huge_pages()))
+tree.read(thorough=True)
+tree._shared._cost = 1e-9  # the next measurement is due at once
+os.write(tell, b"x")
+os.read(done, 1)
+if {quickly_first}:
+    tree.read(thorough=False)
+found = tree.read(thorough=True)
+say(int(found.memory), found.peak)
+"""
+    with script(code.replace("{quickly_first}", str(quickly_first))) as child:
+        memory, peak = map(int, line(child).split())
+    assert 100 * MIB < memory < 150 * MIB
+    assert 200 * MIB < peak < 250 * MIB
+
+
 def test_the_peak_of_a_process_from_before_is_not_taken() -> None:
     with script("b = bytearray(90 * 2**20); del b; print(1, flush=True); input()") as child:
         line(child)
